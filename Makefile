@@ -1,0 +1,59 @@
+# Everything runs from one virtual environment, which is filled once and again only when a version changes.
+# `make VENV=/some/folder test` keeps it elsewhere; `make PYTHON=python3.12 test` starts from another Python.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(abspath $(VENV))/bin
+STAMP := $(VENV)/.installed
+PACKAGES := launcher strategies deploy
+
+# DeepSpeed compiles its operators when they are first used, and finds ninja by name.
+export PATH := $(BIN):$(PATH)
+
+.PHONY: help install quickstart test lint types check coverage matrix clean
+
+help:  ## show the targets
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
+
+install: $(STAMP)  ## fill the virtual environment
+
+# torch goes first and alone, at its pinned version: a resolver that is free to choose fetches gigabytes of CUDA.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	PYTHONWARNINGS=ignore DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet -c constraints.txt -e '.[example,dev]'
+	@touch $@
+
+quickstart: $(STAMP)  ## train the example job
+	$(BIN)/memlaunch run examples/reviews/job.json
+
+test: $(STAMP)  ## the tests, less the long ones
+	$(BIN)/pytest
+
+lint: $(STAMP)  ## style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP) | $(PACKAGES:%=.typing/memlaunch/%)  ## mypy, strict
+	$(BIN)/mypy
+
+# The packages lie at the root but are installed below one name; mypy finds them there by these links.
+.typing/memlaunch/%:
+	@mkdir -p $(@D)
+	ln -sfn ../../$* $@
+
+check: lint types test  ## all of these
+
+coverage: $(STAMP)  ## the tests, with the lines they miss, worker processes included
+	rm -f .coverage .coverage.*
+	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+
+matrix: $(STAMP)  ## the whole equivalence matrix; SAMPLE=n runs n cells of it
+	$(BIN)/pytest -m long $(if $(SAMPLE),--sample $(SAMPLE))
+
+clean:  ## remove what the targets made, less the run folders
+	rm -rf $(VENV) .typing .hypothesis .mypy_cache .pytest_cache .ruff_cache .coverage .coverage.* htmlcov build
+	rm -rf *.egg-info
+	find $(PACKAGES) tests -name __pycache__ -type d -prune -exec rm -rf {} +

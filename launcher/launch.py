@@ -1,0 +1,120 @@
+"""Starts a run, shows how it goes, and turns how it ended into an exit code."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from memlaunch.launcher import rundir, translate
+from memlaunch.launcher.monitor import Monitor
+
+if TYPE_CHECKING:
+    from memlaunch.launcher.resolve import ResolvedJob
+
+EXIT_FAILED = 5
+EXIT_STOPPED = 75
+EXIT_INTERRUPTED = 130
+
+#: Lines of a log shown when a run fails.
+TAIL = 15
+
+
+def run(resolved: "ResolvedJob", job_path: Path) -> int:
+    """Train the job on this machine in a new run folder, whose path is printed last; the exit code."""
+    folder = rundir.create(Path(resolved.job.output.dir), resolved.job.name)
+    folder.job.write_bytes(job_path.read_bytes())
+    folder.place(translate.files(resolved))
+    code = follow(["bash", str(folder.command)], folder)
+    print(folder.path)
+    return code
+
+
+def follow(argv: list[str], folder: rundir.RunDir) -> int:
+    """Run ``argv``, which starts the ranks of the run in ``folder``, to its end; the exit code.
+
+    The first SIGINT or SIGTERM asks the ranks to end, the second ends them at once.
+    """
+    environment = {**os.environ, rundir.ENVIRONMENT_VARIABLE: str(folder.path)}
+    with folder.launcher_log.open("wb") as log:
+        process = subprocess.Popen(
+            argv,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C comes to us alone
+        )
+        with _Interrupts(process) as interrupts, Monitor(folder) as monitor:
+            while process.poll() is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=0.2)
+                monitor.update()
+            monitor.update()
+    if interrupts.count:
+        folder.append_event("stopped", signals=interrupts.count)
+        return EXIT_STOPPED if interrupts.count == 1 else EXIT_INTERRUPTED
+    failure = monitor.failure
+    if process.returncode == 0 and failure is None:
+        return 0
+    _explain(folder, failure)
+    return int(failure["exit_code"]) if failure else EXIT_FAILED
+
+
+class _Interrupts:
+    """Counts SIGINT and SIGTERM, and passes them on to ``process``."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self.count = 0
+        self._process = process
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "_Interrupts":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if self._process.poll() is None:
+            self._end_all()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.count += 1
+        if self.count == 1:
+            print("stopping; once more to end at once", file=sys.stderr)
+            self._process.terminate()
+        else:
+            self._end_all()
+
+    def _end_all(self) -> None:
+        """Kill the launcher and every rank; each rank is a session of its own, so by their parentage."""
+        import psutil
+
+        with contextlib.suppress(psutil.NoSuchProcess):
+            children = psutil.Process(self._process.pid).children(recursive=True)
+            self._process.kill()
+            for child in children:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.kill()
+
+
+def _explain(folder: rundir.RunDir, failure: dict[str, Any] | None) -> None:
+    """Say on stderr what ended the run: the rank's own words, or the end of the log."""
+    if failure is not None:
+        where = f"{folder.job.name}: " if "key" in failure else f"rank {failure['rank']}: "
+        key = f"{failure['key']}: " if "key" in failure else ""
+        print(f"{where}error: {key}{failure['message']}", file=sys.stderr)
+        print(f"hint: {failure['hint']}", file=sys.stderr)
+        print(f"log: {folder.rank_log(failure['rank'])}", file=sys.stderr)
+        return
+    log = next((log for log in (folder.rank_log(0), folder.launcher_log) if log.exists()), folder.launcher_log)
+    print("error: the ranks ended without saying why", file=sys.stderr)
+    for path in dict.fromkeys((log, folder.launcher_log)):
+        print(f"the last lines of {path}:", file=sys.stderr)
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL:]:
+            print(f"  {line}", file=sys.stderr)

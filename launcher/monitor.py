@@ -1,0 +1,96 @@
+"""Shows a run on the launching terminal, from what its ranks write into the run folder."""
+
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from memlaunch.launcher.rundir import RunDir, read_lines
+
+#: Seconds between lines where there is no terminal to draw a bar on.
+PLAIN_INTERVAL = 10.0
+
+
+class Monitor:
+    """Follows ``events.jsonl`` and ``metrics.jsonl``: a bar on a terminal, now and then a line elsewhere.
+
+    ``failure`` is the event of the first rank that failed, or None.
+    """
+
+    def __init__(self, folder: RunDir) -> None:
+        self.failure: dict[str, Any] | None = None
+        self._folder = folder
+        self._events_read = 0
+        self._metrics_read = 0
+        self._console = Console(stderr=True, highlight=False)
+        self._bar = Progress(
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task: TaskID | None = None
+        self._total = 0
+        self._last_plain = float("-inf")
+
+    def __enter__(self) -> "Monitor":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def update(self) -> None:
+        """Show what has been written since the last call."""
+        for event, self._events_read in read_lines(self._folder.events, self._events_read):
+            self._show_event(event)
+        for line, self._metrics_read in read_lines(self._folder.metrics, self._metrics_read):
+            self._show_metrics(line)
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, markup=False, soft_wrap=True)
+
+    def _show_event(self, event: dict[str, Any]) -> None:
+        kind = event["event"]
+        if kind == "started":
+            self._total = event["steps"]
+            self._task = self._bar.add_task("", total=self._total, status="")
+            self._say(
+                f"{event['model']}: {event['parameters']:,} parameters, {event['trainable']:,} trainable; "
+                f"{event['world_size']} rank(s) on {event['device']}; {event['steps']} steps"
+            )
+        elif kind == "data" and event["truncated"]:
+            self._say(
+                f"warning: {event['truncated']} of {event['samples']} samples of {event['source']} are longer "
+                f"than max_length {event['max_length']} and were truncated"
+            )
+        elif kind == "warning":
+            self._say(f"warning: {event['message']}")
+        elif kind == "failed" and self.failure is None:
+            self.failure = event
+
+    def _show_metrics(self, line: dict[str, Any]) -> None:
+        if "eval_loss" in line:
+            figures = ", ".join(f"{name} {_short(v)}" for name, v in line.items() if name.startswith("eval_"))
+            self._say(f"step {line['step']}: {figures}")
+            return
+        status = f"loss {_short(line['loss'])}  {_short(line['tokens_per_second'])} tokens/s"
+        if line["peak_memory_bytes"] is not None:
+            status += f"  {line['peak_memory_bytes'] / 2**30:.1f} GiB"
+        if line["skipped"]:
+            status += "  (skipped: gradient overflow)"
+        if self._task is not None:
+            self._bar.update(self._task, completed=line["step"], status=status)
+        if not self._console.is_terminal:
+            now = time.monotonic()
+            if now - self._last_plain >= PLAIN_INTERVAL or line["step"] == self._total:
+                self._last_plain = now
+                print(f"step {line['step']}/{self._total}: {status}", file=sys.stderr, flush=True)
+
+
+def _short(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"

@@ -1,0 +1,146 @@
+"""The run folder: the only place that knows the names of the files of a run.
+
+``python -m memlaunch.launcher.rundir FOLDER`` makes a new run folder from the files in FOLDER (what
+``memlaunch translate`` wrote, or the ``launch`` folder of a run) and prints its path.
+"""
+
+import json
+import math
+import os
+import secrets
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+#: Names the run folder to the ranks of a run.
+ENVIRONMENT_VARIABLE = "MEMLAUNCH_RUN_DIR"
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """One run's folder."""
+
+    path: Path
+
+    @property
+    def job(self) -> Path:
+        return self.path / "job.json"
+
+    @property
+    def resolved(self) -> Path:
+        return self.path / "resolved.json"
+
+    @property
+    def launch(self) -> Path:
+        return self.path / "launch"
+
+    @property
+    def ds_config(self) -> Path:
+        return self.launch / "ds_config.json"
+
+    @property
+    def command(self) -> Path:
+        return self.launch / "command.sh"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def launcher_log(self) -> Path:
+        return self.logs / "launcher.log"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def events(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    def rank_log(self, rank: int) -> Path:
+        return self.logs / f"rank-{rank:04d}.log"
+
+    def append_metrics(self, values: Mapping[str, Any]) -> None:
+        """Add a line to ``metrics.jsonl``; numbers that are not finite become null."""
+        _append(self.metrics, values)
+
+    def append_event(self, event: str, **details: Any) -> None:
+        """Add a line to ``events.jsonl``: the event, the time (seconds since 1970), and its details."""
+        _append(self.events, {"event": event, "time": round(time.time(), 3), **details})
+
+    def place(self, files: Mapping[str, str]) -> None:
+        """Write what :func:`memlaunch.launcher.translate.files` made to where a run has it."""
+        for name, text in files.items():
+            path = self.resolved if name == self.resolved.name else self.launch / name
+            path.write_text(text, encoding="utf-8")
+
+
+def create(output: Path, name: str) -> RunDir:
+    """A new, empty run folder ``output/name/<time>-<four hex digits>``."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    run = RunDir((output / name / f"{stamp}-{secrets.token_hex(2)}").resolve())
+    run.logs.mkdir(parents=True)
+    run.launch.mkdir()
+    return run
+
+
+def create_from(folder: Path) -> RunDir:
+    """A new run folder for the job translated into ``folder``, with copies of its files.
+
+    Raises:
+        FileNotFoundError: neither ``folder`` nor the folder above it holds a ``resolved.json``.
+    """
+    resolved = next((p for p in (folder / "resolved.json", folder.parent / "resolved.json") if p.exists()), None)
+    if resolved is None:
+        raise FileNotFoundError(f"no resolved.json in {folder}")
+    job = json.loads(resolved.read_text(encoding="utf-8"))
+    run = create(Path(job["output"]["dir"]), job["name"])
+    shutil.copy(resolved, run.resolved)
+    shutil.copy(resolved, run.job)
+    for file in folder.iterdir():
+        if file.is_file() and file.name != resolved.name:
+            shutil.copy(file, run.launch)
+    return run
+
+
+def read_lines(path: Path, start: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
+    """The whole JSON lines of ``path`` from byte ``start`` on, each with the byte behind it.
+
+    A last line that is still being written is left for the next call; a file that is not there is empty.
+    """
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        file.seek(start)
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            start += len(line)
+            yield json.loads(line), start
+
+
+def _append(path: Path, values: Mapping[str, Any]) -> None:
+    line = json.dumps({key: _finite(value) for key, value in values.items()}) + "\n"
+    # One write of one line, so that lines of several processes do not mix.
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(descriptor, line.encode())
+    finally:
+        os.close(descriptor)
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+if __name__ == "__main__":
+    print(create_from(Path(sys.argv[1])).path)

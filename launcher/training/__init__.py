@@ -1,0 +1,1 @@
+"""The main job of a rank: model, data, engines, loop, export."""

@@ -1,0 +1,86 @@
+"""The trained model in Hugging Face form: trainable weights from the fp32 masters, frozen ones unchanged."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from memlaunch.launcher.training.engine import Engine
+from memlaunch.launcher.training.world import World
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Untouched:
+    """What the export must give back as it came: frozen tensors, in the dtype they were stored in.
+
+    Parameters are trained in fp32, which holds 16-bit values exactly, so that casting back restores them.
+    Where the run holds parameters in a 16-bit type, fp32 values are lost to it, and copies are kept in host
+    memory on the main rank.
+    """
+
+    def __init__(
+        self, model: "PreTrainedModel", stored: Mapping[str, torch.dtype], engine_casts: bool, world: World
+    ) -> None:
+        frozen = {n: p for n, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+        self._dtypes = {name: stored.get(name, tensor.dtype) for name, tensor in frozen.items()}
+        self._copies = (
+            {name: tensor.detach().clone() for name, tensor in frozen.items()}
+            if engine_casts and world.is_main
+            else {}
+        )
+
+    def restore(self, name: str, tensor: Tensor) -> Tensor:
+        """``tensor`` as it is to be saved under ``name``."""
+        if name not in self._dtypes:
+            return tensor
+        return self._copies.get(name, tensor).to(self._dtypes[name])
+
+
+def stored_dtypes(folder: str, model: "PreTrainedModel") -> dict[str, torch.dtype]:
+    """Parameter name -> dtype in the safetensors files of ``folder``; empty where there are none.
+
+    The files of a base model lack the prefix that the same tensors have inside ``model``.
+    """
+    from safetensors import safe_open
+
+    dtypes: dict[str, torch.dtype] = {}
+    for file in sorted(Path(folder).glob("*.safetensors")) if Path(folder).is_dir() else ():
+        with safe_open(file, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118  (not a mapping)
+                dtypes[name] = _DTYPES.get(weights.get_slice(name).get_dtype(), torch.float32)
+    prefix = model.base_model_prefix
+    return dtypes | {f"{prefix}.{name}": dtype for name, dtype in dtypes.items()}
+
+
+_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+
+
+def save(
+    engine: Engine,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase | None",
+    untouched: Untouched,
+    folder: Path,
+    world: World,
+) -> None:
+    """Write ``folder`` on the main rank; every rank takes part in gathering the weights."""
+    weights: dict[str, Tensor] = {}
+    gathered: dict[int, Tensor] = {}
+    identity = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
+    for name, tensor in engine.weights():
+        if world.is_main:
+            # Tied parameters stay one tensor, which is how they are recognised when saved.
+            kept = gathered.setdefault(identity[name], untouched.restore(name, tensor))
+            weights[name] = kept
+    if not world.is_main:
+        return
+    persistent = model.state_dict().keys()
+    buffers = {name: buffer.cpu() for name, buffer in model.named_buffers() if name in persistent}
+    model.config.use_cache = True
+    model.save_pretrained(folder, state_dict=weights | buffers)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)

@@ -1,0 +1,301 @@
+"""Tokenised data: made once on a machine, kept as an Arrow file, memory-mapped by every rank."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+from filelock import FileLock
+
+from memlaunch.launcher.training import records
+from memlaunch.launcher.training.errors import JobMismatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from memlaunch.launcher.job import DataSection
+
+#: Samples a record batch of the Arrow file; row i is row i % CHUNK of batch i // CHUNK.
+CHUNK = 4096
+#: Part of every cache key: raise it when the layout or the tokenisation changes.
+LAYOUT = 1
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The distinct labels of a data file, in order of appearance, and the line each first stands in."""
+
+    values: tuple[int | str, ...]
+    lines: tuple[int, ...]
+
+
+class Tokens:
+    """The tokenised samples of one data file.
+
+    Attributes:
+        source: where they come from.
+        lengths: tokens of each sample, int32, memory-mapped.
+        codes: index into ``labels.values`` of each sample's label, int32, memory-mapped; None without labels.
+        truncated: how many samples lost tokens to ``max_length``.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+        self.source: str = about["source"]
+        self.truncated: int = about["truncated"]
+        self.labels = Labels(tuple(about["labels"]), tuple(about["label_lines"]))
+        self.lengths: np.ndarray[Any, np.dtype[np.int32]] = np.load(folder / "lengths.npy", mmap_mode="r")
+        codes = folder / "codes.npy"
+        self.codes = np.load(codes, mmap_mode="r") if codes.exists() else None
+        self._chunks = pa.ipc.open_file(pa.memory_map(str(folder / "tokens.arrow"))).read_all().to_batches()
+        self.fields: list[str] = self._chunks[0].schema.names
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def sample(self, index: int) -> dict[str, np.ndarray[Any, Any]]:
+        """Field name -> token values of one sample, each of shape (tokens,)."""
+        chunk = self._chunks[index // CHUNK]
+        return {name: chunk.column(name)[index % CHUNK].values.to_numpy() for name in self.fields}
+
+
+def prepare(
+    data: "DataSection", split: str, tokenizer: "PreTrainedTokenizerBase", task: str, max_length: int
+) -> Tokens:
+    """The tokens of ``data.train`` or ``data.eval``, from the cache or made now.
+
+    All ranks of a machine call it at once; the first makes the cache and the others wait at a lock, not in
+    a collective, which would time out on large data.
+
+    Raises:
+        JobMismatch: a record cannot be read, lacks a column, or there is none.
+    """
+    source: str = getattr(data, split)
+    folder = _cache_root() / _key(data, source, tokenizer, task, max_length)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            staging = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+            try:
+                _write(staging, data, split, source, tokenizer, task, max_length)
+                staging.rename(folder)
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
+    return Tokens(folder)
+
+
+def _cache_root() -> Path:
+    if root := os.environ.get("MEMLAUNCH_CACHE"):
+        return Path(root) / "tokens"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "memlaunch" / "tokens"
+
+
+def _key(
+    data: "DataSection", source: str, tokenizer: "PreTrainedTokenizerBase", task: str, max_length: int
+) -> str:
+    """A name that changes with anything the tokens depend on."""
+    path = Path(source)
+    files = sorted(path.rglob("*")) if path.is_dir() else [path] if path.exists() else []
+    about = {
+        "layout": LAYOUT,
+        "source": source,
+        "files": [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files],
+        "columns": [data.text, data.label],
+        "task": task,
+        "max_length": max_length,
+        "tokenizer": _fingerprint(tokenizer),
+    }
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    whole = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    special = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
+    return hashlib.sha256(f"{type(tokenizer).__name__}{whole}{special}".encode()).hexdigest()
+
+
+def _write(
+    folder: Path, data: "DataSection", split: str, source: str, tokenizer: "PreTrainedTokenizerBase",
+    task: str, max_length: int,
+) -> None:
+    lengths: list[np.ndarray[Any, Any]] = []
+    codes: list[int] = []
+    seen: dict[int | str, int] = {}
+    lines: list[int] = []
+    truncated = 0
+    sink = None
+    with pa.OSFile(str(folder / "tokens.arrow"), "wb") as file:
+        for batch in _batches(records.read(source, f"data.{split}"), CHUNK):
+            for line, record in batch:
+                _check_columns(source, line, record, data, split, task)
+                if task == "sequence-classification":
+                    label = _label(source, line, record[data.label], data, split)
+                    if label not in seen:
+                        lines.append(line)
+                    codes.append(seen.setdefault(label, len(seen)))
+            fields, cut = _tokenise([record for _, record in batch], data, tokenizer, task, max_length)
+            truncated += cut
+            lengths.append(np.array([len(ids) for ids in fields["input_ids"]], dtype=np.int32))
+            arrays = {name: pa.array(values, pa.list_(pa.int32())) for name, values in fields.items()}
+            table = pa.record_batch(arrays)
+            sink = sink or pa.ipc.new_file(file, table.schema)
+            sink.write_batch(table)
+        if sink is None:
+            raise JobMismatch(f"data.{split}", f"{source} holds no records", "give a file with at least one")
+        sink.close()
+    np.save(folder / "lengths.npy", np.concatenate(lengths))
+    if codes:
+        np.save(folder / "codes.npy", np.array(codes, dtype=np.int32))
+    about = {"source": source, "truncated": truncated, "labels": list(seen), "label_lines": lines}
+    (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
+
+
+def _batches(
+    numbered: Iterator[tuple[int, records.Record]], size: int
+) -> Iterator[list[tuple[int, records.Record]]]:
+    batch: list[tuple[int, records.Record]] = []
+    for item in numbered:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _check_columns(
+    source: str, line: int, record: records.Record, data: "DataSection", split: str, task: str
+) -> None:
+    for column in text_columns(data):
+        if not isinstance(record.get(column), str):
+            what = "is missing" if record.get(column) is None else f"is {record[column]!r}, not text"
+            raise records.bad_line(
+                source, line, f"data.{split}", f"`{column}` {what}", "the columns are "
+                + ", ".join(f"`{name}`" for name in record),
+            )
+    if task == "sequence-classification" and record.get(data.label) is None:
+        raise records.bad_line(
+            source, line, f"data.{split}", f"`{data.label}` is missing",
+            "the columns are " + ", ".join(f"`{name}`" for name in record),
+        )
+
+
+def _label(source: str, line: int, value: Any, data: "DataSection", split: str) -> int | str:
+    if isinstance(value, bool):
+        return int(value)
+    if isinstance(value, str) or (isinstance(value, int) and value >= 0):
+        return value
+    raise records.bad_line(
+        source, line, f"data.{split}", f"the label `{data.label}` is {value!r}",
+        "a class is a name or a whole number from 0",
+    )
+
+
+def text_columns(data: "DataSection") -> Sequence[str]:
+    """The one or two text columns of the job."""
+    return [data.text] if isinstance(data.text, str) else data.text
+
+
+def _tokenise(
+    batch: list[records.Record], data: "DataSection", tokenizer: "PreTrainedTokenizerBase", task: str,
+    max_length: int,
+) -> tuple[dict[str, list[list[int]]], int]:
+    """(field -> token values of each sample, how many samples were cut to ``max_length``)."""
+    texts = [[record[column] for record in batch] for column in text_columns(data)]
+    # Tokenised whole, then cut: the only way to know what was cut. The overflow is counted per sample.
+    encoded = tokenizer(*texts, truncation=False, padding=False, return_attention_mask=False, verbose=False)
+    whole = [len(ids) for ids in encoded["input_ids"]]
+    long = [index for index, length in enumerate(whole) if length > max_length]
+    fields = {name: [list(row) for row in encoded[name]] for name in encoded}
+    if task == "causal-lm" and tokenizer.eos_token_id is not None:
+        for ids in fields["input_ids"]:
+            if not ids or ids[-1] != tokenizer.eos_token_id:
+                ids.append(tokenizer.eos_token_id)
+        fields = {"input_ids": fields["input_ids"]}
+        long = [i for i, ids in enumerate(fields["input_ids"]) if len(ids) > max_length]
+        for i in long:
+            del fields["input_ids"][i][max_length:]
+    elif long:
+        cut = tokenizer(
+            *([column[index] for index in long] for column in texts), truncation=True, max_length=max_length,
+            padding=False, return_attention_mask=False,
+        )
+        for name in fields:
+            for row, index in enumerate(long):
+                fields[name][index] = list(cut[name][row])
+    return fields, len(long)
+
+
+def label_names(train: Tokens, num_labels: int | None) -> list[str]:
+    """The classes of a job: names in alphabetical order, or the numbers from 0.
+
+    Raises:
+        JobMismatch: names and numbers are mixed, or there are more classes than ``num_labels``.
+    """
+    values = train.labels.values
+    names = sorted(value for value in values if isinstance(value, str))
+    if names and len(names) < len(values):
+        number = next(i for i, value in enumerate(values) if not isinstance(value, str))
+        raise records.bad_line(
+            train.source, train.labels.lines[number], "data.train",
+            f"the label is the number {values[number]}, others are names", "use one or the other",
+        )
+    if names:
+        classes = names
+    else:
+        top = max(value for value in values if isinstance(value, int))
+        classes = [str(value) for value in range(max(top + 1, num_labels or 0, 2))]
+    if num_labels is not None and len(classes) > num_labels:
+        if names:
+            raise JobMismatch(
+                "model.num_labels", f"{train.source} has {len(names)} labels: {', '.join(names[:10])}",
+                f"set `num_labels` to {len(names)}",
+            )
+        at = values.index(len(classes) - 1)
+        raise records.bad_line(
+            train.source, train.labels.lines[at], "data.train",
+            f"the label is {values[at]}, out of range for num_labels {num_labels}",
+            f"labels go from 0 to {num_labels - 1}; mend the line, or raise `num_labels`",
+        )
+    if len(classes) < 2:
+        raise JobMismatch("data.train", f"{train.source} has one label only", "give at least two classes")
+    return classes
+
+
+def class_ids(tokens: Tokens, classes: Sequence[str], key: str) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """The class of each sample of ``tokens``.
+
+    Raises:
+        JobMismatch: a label that is not among ``classes``; ``key`` names the data file in the job.
+    """
+    known = {name: index for index, name in enumerate(classes)}
+    ids = []
+    for value, line in zip(tokens.labels.values, tokens.labels.lines, strict=True):
+        if str(value) not in known:
+            raise records.bad_line(
+                tokens.source, line, key, f"the label {value!r} is not among the classes of `data.train`",
+                "the classes are " + ", ".join(classes[:10]),
+            )
+        ids.append(known[str(value)])
+    assert tokens.codes is not None
+    return np.array(ids, dtype=np.int64)[tokens.codes]
+
+
+def summary(tokens: Tokens) -> dict[str, Any]:
+    """What to tell about the data: samples, tokens, the longest sample, how many were truncated."""
+    lengths = tokens.lengths
+    return {
+        "source": tokens.source,
+        "samples": len(tokens),
+        "tokens": int(lengths.sum(dtype=np.int64)),
+        "longest": int(lengths.max()),
+        "truncated": tokens.truncated,
+    }

@@ -1,0 +1,18 @@
+"""A resolved job becomes the files and command lines that run it; pure functions, text out."""
+
+import json
+import sys
+from typing import TYPE_CHECKING
+
+from memlaunch.launcher.translate import deepspeed, torchrun
+
+if TYPE_CHECKING:
+    from memlaunch.launcher.resolve import ResolvedJob
+
+
+def files(resolved: "ResolvedJob", python: str = sys.executable) -> dict[str, str]:
+    """File name -> text of everything that a run of the job is started with."""
+    texts = {"resolved.json": resolved.to_json(), "command.sh": torchrun.command(resolved, python)}
+    if resolved.job.strategy.engine == "deepspeed":
+        texts["ds_config.json"] = json.dumps(deepspeed.config(resolved), indent=2) + "\n"
+    return texts

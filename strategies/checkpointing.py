@@ -1,0 +1,154 @@
+"""Activation checkpointing: keep the inputs of a block, compute its activations again for the backward pass.
+
+Chen et al., Training Deep Nets with Sublinear Memory Cost (2016). Always torch's non-reentrant kind: the
+reentrant one loses the gradients of a block whose inputs ask for none. A block that nothing is saved for (a
+frozen one behind frozen embeddings) is run as it is, so that it is neither computed twice nor backward.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from memlaunch.strategies.settings import Settings, changed
+from memlaunch.strategies.technique import Conflict, NotApplicable, Setup, Technique
+
+if TYPE_CHECKING:
+    import torch
+
+KEY = "strategy.activation_checkpointing"
+
+
+class CheckpointingSettings(Settings):
+    """Which blocks compute their activations twice, and what of them is kept all the same."""
+
+    SHORTHAND = "mode"
+
+    mode: Literal["none", "full", "selective"] = Field(
+        default="none",
+        description="`full` keeps a block's inputs only; `selective` keeps the outputs of its matrix "
+        "products and attention too, and computes the rest again.",
+    )
+    every: int = Field(default=1, ge=1, description="Checkpoint every n-th block.")
+
+
+def repeated_blocks(model: "torch.nn.Module") -> "list[torch.nn.Module]":
+    """The blocks a model repeats: the children of its outermost lists of two or more like modules.
+
+    A list counts when its children are of one class and hold parameters: the layers of an encoder and of a
+    decoder, the stages of a CNN.
+    """
+    from torch.nn import ModuleList, Sequential
+
+    blocks: list[torch.nn.Module] = []
+
+    def search(module: "torch.nn.Module") -> None:
+        children = list(module.children())
+        if isinstance(module, ModuleList | Sequential) and _alike(children):
+            blocks.extend(children)
+            return
+        for child in children:
+            search(child)
+
+    search(model)
+    return blocks
+
+
+def _alike(children: "list[torch.nn.Module]") -> bool:
+    return (
+        len(children) > 1
+        and len({type(child) for child in children}) == 1
+        and any(True for _ in children[0].children())  # a list of single layers is not a list of blocks
+        and all(any(True for _ in child.parameters()) for child in children)
+    )
+
+
+def _prepare_model(model: "torch.nn.Module", setup: Setup) -> None:
+    settings = setup.activation_checkpointing
+    if settings.mode == "none":
+        return
+    blocks = repeated_blocks(model)
+    if not blocks:
+        raise NotApplicable(
+            KEY,
+            f"`{type(model).__name__}` has no repeated blocks to checkpoint",
+            'set it to `"none"`, or put the blocks of the model into a `torch.nn.ModuleList`',
+        )
+    contexts = _keep_products if settings.mode == "selective" else None
+    for block in blocks[:: settings.every]:
+        _checkpoint(block, contexts)
+
+
+def _checkpoint(block: "torch.nn.Module", contexts: Callable[[], Any] | None) -> None:
+    """Let ``block`` keep only its inputs, wherever autograd would keep more."""
+    import torch
+    from torch.utils.checkpoint import checkpoint
+
+    forward = block.forward
+    options: dict[str, Any] = {} if contexts is None else {"context_fn": contexts}
+
+    @functools.wraps(forward)
+    def checkpointed(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled() or not (_trainable(block) or _wants_grad((args, kwargs))):
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, **options, **kwargs)
+
+    block.forward = checkpointed
+
+
+def _trainable(block: "torch.nn.Module") -> bool:
+    return any(parameter.requires_grad for parameter in block.parameters())
+
+
+def _wants_grad(inputs: Any) -> bool:
+    import torch
+    from torch.utils import _pytree
+
+    return any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in _pytree.tree_leaves(inputs))
+
+
+def _keep_products() -> Any:
+    """Selective checkpointing: the outputs of matrix products, convolutions and attention are kept."""
+    from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
+    return create_selective_checkpoint_contexts(_costly_operators())
+
+
+@functools.cache
+def _costly_operators() -> list[Any]:
+    import torch
+
+    aten = torch.ops.aten
+    names = (
+        "mm addmm bmm baddbmm convolution _scaled_dot_product_flash_attention "
+        "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_efficient_attention "
+        "_scaled_dot_product_cudnn_attention _scaled_dot_product_fused_attention_overrideable"
+    )
+    return [getattr(aten, name).default for name in names.split() if hasattr(aten, name)]
+
+
+def _conflicts(setup: Setup) -> Iterable[Conflict]:
+    settings = setup.activation_checkpointing
+    if settings.mode == "none" and changed(settings, "every"):
+        yield Conflict(
+            f"{KEY}.every",
+            "nothing is checkpointed",
+            'set `"mode": "full"` or `"selective"`, or remove `every`',
+            (f"{KEY}.mode",),
+        )
+
+
+def _deepspeed_config(setup: Setup) -> Mapping[str, Any]:
+    if setup.activation_checkpointing.mode != "selective" or setup.zero.stage != 3:
+        return {}
+    # Its own linear layer adds the bias into the product in place, which spoils the product that is kept.
+    return {"zero_optimization": {"memory_efficient_linear": False}}
+
+
+TECHNIQUE = Technique(
+    name="checkpointing",
+    conflicts=_conflicts,
+    deepspeed_config=_deepspeed_config,
+    prepare_model=_prepare_model,
+)

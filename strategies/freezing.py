@@ -1,0 +1,84 @@
+"""Freezing: parameters that keep the values they came with.
+
+A frozen parameter has no gradient, no optimizer state and no weight decay. Where everything before a block is
+frozen too (embeddings and first layers), nothing asks for a gradient there, so autograd records nothing and
+activation checkpointing leaves those blocks alone.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from memlaunch.strategies import patterns
+from memlaunch.strategies.technique import Facts, NotApplicable, Setup, Technique
+
+if TYPE_CHECKING:
+    import torch
+
+KEY = "strategy.freeze"
+
+
+def frozen_names(
+    freeze: Sequence[str], parameters: Sequence[str], base_prefixes: Iterable[str] = ()
+) -> set[str]:
+    """The parameter names that the patterns ``freeze`` cover.
+
+    Raises:
+        NotApplicable: a pattern matches nothing, or everything is frozen.
+    """
+    prefixes = tuple(base_prefixes)
+    frozen: set[str] = set()
+    for index, pattern in enumerate(freeze):
+        covered = patterns.select(pattern, parameters, prefixes)
+        if not covered:
+            raise NotApplicable(f"{KEY}[{index}]", *no_match(pattern, parameters, prefixes))
+        frozen.update(covered)
+    if frozen and len(frozen) == len(set(parameters)):
+        raise NotApplicable(
+            KEY, "every parameter of the model is frozen", "leave at least one module out of `freeze`"
+        )
+    return frozen
+
+
+def no_match(pattern: str, parameters: Sequence[str], base_prefixes: Iterable[str]) -> tuple[str, str]:
+    """Message and hint for a pattern that matches nothing in the model."""
+    close = patterns.nearest(pattern, parameters, base_prefixes)
+    if close:
+        hint = "the nearest modules are " + ", ".join(f"`{name}`" for name in close)
+    else:
+        top = dict.fromkeys(name.split(".", 1)[0] for name in parameters)
+        hint = "the model's modules are " + ", ".join(f"`{name}`" for name in list(top)[:6])
+    return f"`{pattern}` matches no module of the model", hint
+
+
+def base_prefixes(model: "torch.nn.Module") -> tuple[str, ...]:
+    """Where the base model stands inside ``model``: ``("bert",)``; empty where it has none."""
+    prefix = getattr(model, "base_model_prefix", "")
+    return (prefix,) if isinstance(prefix, str) and prefix and hasattr(model, prefix) else ()
+
+
+def _prepare_model(model: "torch.nn.Module", setup: Setup) -> None:
+    named = dict(model.named_parameters(remove_duplicate=False))
+    for name in frozen_names(setup.freeze, list(named), base_prefixes(model)):
+        named[name].requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in named.values()):
+        raise NotApplicable(
+            KEY,
+            "every parameter of the model is frozen, tied ones included",
+            "leave at least one module out of `freeze`",
+        )
+
+
+def _verify(setup: Setup, facts: Facts) -> Iterable[str]:
+    names = list(facts.trainable)
+    frozen = frozen_names(setup.freeze, names) if not setup.freeze else _frozen_at_any_root(setup, names)
+    for name, trainable in facts.trainable.items():
+        if trainable and name in frozen:
+            yield f"`{name}` is trained, the job freezes it"
+
+
+def _frozen_at_any_root(setup: Setup, names: list[str]) -> set[str]:
+    roots = dict.fromkeys(name.split(".", 1)[0] for name in names)
+    return {name for pattern in setup.freeze for name in patterns.select(pattern, names, roots)}
+
+
+TECHNIQUE = Technique(name="freezing", prepare_model=_prepare_model, verify=_verify)

@@ -1,0 +1,61 @@
+"""Padding: samples of different lengths become one rectangular micro-batch."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from memlaunch.strategies.settings import Settings
+
+if TYPE_CHECKING:
+    import torch
+
+
+class PaddingSettings(Settings):
+    """How long a micro-batch is."""
+
+    SHORTHAND = "mode"
+
+    mode: Literal["dynamic", "fixed"] = Field(
+        default="dynamic",
+        description="`dynamic` pads to the longest sample of the micro-batch, `fixed` to `max_length`.",
+    )
+    multiple_of: int = Field(
+        default=1, ge=1, description="Round the padded length up to a multiple of this; 8 suits tensor cores."
+    )
+
+
+def padded_length(longest: int, settings: PaddingSettings, max_length: int) -> int:
+    """Tokens a row of a micro-batch whose longest sample has ``longest`` tokens.
+
+    Rounding up stops at ``max_length``: beyond it a model may have no positions.
+    """
+    length = max_length if settings.mode == "fixed" else longest
+    step = settings.multiple_of
+    return min(-(-length // step) * step, max(max_length, longest))
+
+
+def pad(
+    samples: Sequence[Mapping[str, Sequence[int]]],
+    settings: PaddingSettings,
+    max_length: int,
+    fill: Mapping[str, int],
+) -> "dict[str, torch.Tensor]":
+    """Pad ``samples`` on the right into int64 tensors of shape (samples, padded length).
+
+    Args:
+        samples: for each sample, field name -> token values; all fields of a sample have one length.
+        fill: field name -> the value to pad it with; its keys are the fields of the result.
+    """
+    import torch
+
+    longest = max(len(next(iter(sample.values()))) for sample in samples)
+    length = padded_length(longest, settings, max_length)
+    batch: dict[str, Any] = {}
+    for name, value in fill.items():
+        rows = torch.full((len(samples), length), value, dtype=torch.int64)
+        for row, sample in zip(rows, samples, strict=True):
+            values = torch.as_tensor(sample[name], dtype=torch.int64)
+            row[: len(values)] = values
+        batch[name] = rows
+    return batch

@@ -1,0 +1,97 @@
+"""ZeRO: optimizer state (stage 1), gradients (2) and parameters (3) sharded over the ranks, and offload.
+
+Rajbhandari et al., ZeRO: Memory Optimizations Toward Training Trillion Parameter Models (SC 2020).
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+from pydantic import Field
+
+from memlaunch.strategies.settings import Settings
+from memlaunch.strategies.technique import Conflict, Facts, Setup, Technique
+
+ZeroStage = Literal[0, 1, 2, 3]
+Offload = Literal["none", "cpu"]
+
+
+class ZeroSettings(Settings):
+    """What is sharded over the ranks, and what lives in host memory."""
+
+    stage: ZeroStage = Field(
+        default=0, description="0: nothing, 1: optimizer state, 2: and gradients, 3: and parameters."
+    )
+    offload_optimizer: Offload = Field(
+        default="none", description="`cpu` keeps optimizer state in host memory and updates it there."
+    )
+    offload_parameters: Offload = Field(
+        default="none", description="`cpu` keeps the sharded parameters of stage 3 in host memory."
+    )
+    bucket_size: int = Field(
+        default=50_000_000,
+        ge=1,
+        description="Elements of a communication bucket; a buffer of this size is part of the peak.",
+    )
+
+
+def _conflicts(setup: Setup) -> Iterable[Conflict]:
+    zero = setup.zero
+    if setup.engine == "torch":
+        if zero.stage:
+            yield Conflict(
+                "strategy.zero.stage",
+                f"the torch engine has no ZeRO stage {zero.stage}",
+                'set `"engine": "deepspeed"`, or stage 0',
+                ("strategy.engine",),
+            )
+        for key in ("offload_optimizer", "offload_parameters"):
+            if getattr(zero, key) != "none":
+                yield Conflict(
+                    f"strategy.zero.{key}",
+                    "the torch engine does not offload",
+                    'set `"engine": "deepspeed"`, or `"none"`',
+                    ("strategy.engine",),
+                )
+        return
+    if zero.offload_optimizer != "none" and zero.stage == 0:
+        yield Conflict(
+            "strategy.zero.offload_optimizer",
+            "there is no sharded optimizer state to offload at ZeRO stage 0",
+            "use stage 1, 2 or 3",
+            ("strategy.zero.stage",),
+        )
+    if zero.offload_parameters != "none" and zero.stage != 3:
+        yield Conflict(
+            "strategy.zero.offload_parameters",
+            f"parameters can be offloaded at ZeRO stage 3 only, not at stage {zero.stage}",
+            "use stage 3, or offload the optimizer alone",
+            ("strategy.zero.stage",),
+        )
+
+
+def _deepspeed_config(setup: Setup) -> Mapping[str, Any]:
+    zero = setup.zero
+    section: dict[str, Any] = {"stage": zero.stage}
+    if zero.stage:
+        section["reduce_bucket_size"] = zero.bucket_size
+        section["allgather_bucket_size"] = zero.bucket_size
+    if zero.stage == 3:
+        section["stage3_prefetch_bucket_size"] = zero.bucket_size
+    if zero.offload_optimizer != "none":
+        section["offload_optimizer"] = {"device": zero.offload_optimizer}
+    if zero.offload_parameters != "none":
+        section["offload_param"] = {"device": zero.offload_parameters}
+    return {"zero_optimization": section}
+
+
+def _verify(setup: Setup, facts: Facts) -> Iterable[str]:
+    for key in ("stage", "offload_optimizer", "offload_parameters"):
+        asked = getattr(setup.zero, key)
+        held = facts.zero_stage if key == "stage" else getattr(facts, key)
+        if held != asked:
+            yield f"zero.{key} is {held}, the job says {asked}"
+
+
+TECHNIQUE = Technique(
+    name="sharding", conflicts=_conflicts, deepspeed_config=_deepspeed_config, verify=_verify
+)
