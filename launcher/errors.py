@@ -63,11 +63,27 @@ class UserError(Exception):
         self.problems = tuple(problems)
         self.exit_code = exit_code
 
+    def to_dict(self) -> dict[str, Any]:
+        """For ``--json``: the message and hint of an error without a place, and all problems."""
+        return {
+            "message": self.message or None,
+            "hint": self.hint,
+            "problems": [problem.to_dict() for problem in self.problems],
+        }
+
     def render(self, colour: bool = False) -> str:
         """The text for stderr, without a final newline."""
         if self.problems:
             return "\n\n".join(render(problem, colour) for problem in self.problems)
         return "\n".join(_with_hint([f"{_error(colour)} {self.message}"], self.hint, colour))
+
+
+class BadPath(ValueError):
+    """A path that does not lead to what it should; ``hint`` says what to do about it."""
+
+    def __init__(self, message: str, hint: str) -> None:
+        super().__init__(message)
+        self.hint = hint
 
 
 def render(problem: Problem, colour: bool = False) -> str:
@@ -95,7 +111,9 @@ def wants_colour(stream: TextIO = sys.stderr) -> bool:
 
 def _excerpt(problem: Problem) -> tuple[str, int, int]:
     """(the part of the line to show, columns before the caret, columns under it)."""
-    text = "".join(" " if c == "\t" else c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in problem.text)
+    text = "".join(
+        " " if c == "\t" else c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in problem.text
+    )
     start = problem.column - 1
     end = max(start + 1, min(start + problem.length, len(text)))
     left, right = 0, len(text)
@@ -104,7 +122,11 @@ def _excerpt(problem: Problem) -> tuple[str, int, int]:
         right = min(len(text), left + WIDTH)
         end = min(end, right)
     head, tail = "..." if left else "", "..." if right < len(text) else ""
-    return head + text[left:right] + tail, len(head) + _columns(text[left:start]), max(1, _columns(text[start:end]))
+    return (
+        head + text[left:right] + tail,
+        len(head) + _columns(text[left:start]),
+        max(1, _columns(text[start:end])),
+    )
 
 
 def _columns(text: str) -> int:

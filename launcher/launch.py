@@ -112,7 +112,9 @@ def _explain(folder: rundir.RunDir, failure: dict[str, Any] | None) -> None:
         print(f"hint: {failure['hint']}", file=sys.stderr)
         print(f"log: {folder.rank_log(failure['rank'])}", file=sys.stderr)
         return
-    log = next((log for log in (folder.rank_log(0), folder.launcher_log) if log.exists()), folder.launcher_log)
+    log = next(
+        (log for log in (folder.rank_log(0), folder.launcher_log) if log.exists()), folder.launcher_log
+    )
     print("error: the ranks ended without saying why", file=sys.stderr)
     for path in dict.fromkeys((log, folder.launcher_log)):
         print(f"the last lines of {path}:", file=sys.stderr)

@@ -99,7 +99,9 @@ def create_from(folder: Path) -> RunDir:
     Raises:
         FileNotFoundError: neither ``folder`` nor the folder above it holds a ``resolved.json``.
     """
-    resolved = next((p for p in (folder / "resolved.json", folder.parent / "resolved.json") if p.exists()), None)
+    resolved = next(
+        (p for p in (folder / "resolved.json", folder.parent / "resolved.json") if p.exists()), None
+    )
     if resolved is None:
         raise FileNotFoundError(f"no resolved.json in {folder}")
     job = json.loads(resolved.read_text(encoding="utf-8"))

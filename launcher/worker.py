@@ -54,7 +54,10 @@ def _explain(error: BaseException) -> tuple[int, dict[str, str]]:
         return EXIT_MEMORY, {"message": message, "hint": hint}
     if isinstance(error, TrainingFailed):
         return EXIT_FAILED, {"message": message, "hint": error.hint}
-    return EXIT_FAILED, {"message": f"{type(error).__name__}: {message}", "hint": "its traceback is in the log"}
+    return EXIT_FAILED, {
+        "message": f"{type(error).__name__}: {message}",
+        "hint": "its traceback is in the log",
+    }
 
 
 def _log_to(path: Path) -> None:

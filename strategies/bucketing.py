@@ -31,8 +31,8 @@ Integers = npt.NDArray[np.integer[Any]]
 Index = npt.NDArray[np.int64]
 Keys = npt.NDArray[np.uint64]
 
-#: The tokens of padding that pools may add, as a share of all tokens: the price of changing company.
-POOL_PADDING = 0.0015
+#: The padding that pools may add, as a share of all tokens: the price of changing company.
+POOL_PADDING = 0.003
 #: A bucket lies within 1 / SLOT_WINDOWS of its stratum around the place that balances the other buckets.
 SLOT_WINDOWS = 4
 #: The cost of one more micro-step, as a share of the token budget.
@@ -46,7 +46,7 @@ class BatchingSettings(Settings):
 
     mode: Mode = Field(
         default="bucketed",
-        description="`bucketed` puts samples of like length together, `random` takes them as they come, "
+        description="`bucketed` puts samples of like length together, `random` does so only inside a step, "
         "`packed` (causal-lm) fills blocks of `max_length` with whole samples.",
     )
     bucket_size: int | None = Field(
@@ -122,8 +122,8 @@ class BucketedSampler:
         longest_first: bool = True,
         order: Integers | None = None,
     ) -> None:
-        lengths = np.asanyarray(lengths)
-        _check(lengths, global_batch_size, micro_batch_size, world_size, rank, bucket_size, max_tokens)
+        lengths = np.asarray(lengths)
+        _check(lengths, global_batch_size, micro_batch_size, world_size, rank, bucket_size, max_tokens, order)
         self.world_size = world_size
         self.rank = rank
         self.steps_per_epoch = -(-len(lengths) // global_batch_size)
@@ -132,19 +132,16 @@ class BucketedSampler:
         self._micro_steps: dict[int, int] = {}
 
         if bucket_size is None:
-            if micro_batch_size is not None:
-                bucket_size = world_size * micro_batch_size
-            else:
-                assert max_tokens is not None
-                mean = float(lengths.mean())
-                micro_steps = max(1, round(global_batch_size * mean / (world_size * max_tokens)))
-                bucket_size = world_size * -(-global_batch_size // (world_size * micro_steps))
+            bucket_size = world_size * (
+                micro_batch_size or _rows_of_a_bucket(lengths, global_batch_size, world_size, max_tokens)
+            )
         self.bucket_size = min(bucket_size, global_batch_size)
         self._sets: _StepSets
         if mode == "bucketed":
-            if order is None:
-                order = length_order(lengths)
-            self._sets = _BucketedSets(lengths, order, global_batch_size, self.bucket_size, seed, longest_first)
+            order = length_order(lengths) if order is None else order
+            self._sets = _BucketedSets(
+                lengths, order, global_batch_size, self.bucket_size, seed, longest_first
+            )
         else:
             self._sets = _RandomSets(lengths, global_batch_size, seed, longest_first)
 
@@ -153,9 +150,7 @@ class BucketedSampler:
         self._rows = -(-rows // -(-rows // micro_batch_size)) if micro_batch_size else 0
         self._max_tokens = self._bound = max_tokens or 0
         if max_tokens and longest_first:
-            heads = self._sets.lengths(self._sets.places(0, np.zeros(1, np.int64))[0, ::world_size])
-            cuts = self._cuts(heads)
-            self._bound = int((np.diff(cuts) * heads[cuts[:-1]]).max())
+            self._bound = max(int(part.padded.max()) for part in self._shapes_of(0, np.zeros(1, np.int64)))
 
     def __len__(self) -> int:
         """Micro-batches of this rank in the whole current epoch.
@@ -182,7 +177,7 @@ class BucketedSampler:
             IndexError: the epoch has no such step.
         """
         places = self._places(epoch, k)
-        cuts = self._cuts(self._sets.lengths(places[:: self.world_size]))
+        cuts = self._cuts(self._sets.lengths(places[:: self.world_size]), len(places))
         mine: list[int] = self._sets.samples(epoch, places[self.rank :: self.world_size]).tolist()
         return [mine[start:stop] for start, stop in pairwise(cuts.tolist())]
 
@@ -224,14 +219,26 @@ class BucketedSampler:
     def _places(self, epoch: int, k: int) -> Index:
         if not 0 <= k < self.steps_per_epoch:
             raise IndexError(f"step {k} of an epoch of {self.steps_per_epoch} steps")
-        return self._sets.places(epoch, np.array([k]))[0]
+        places: Index = self._sets.places(epoch, np.array([k]))[0]
+        return places
 
-    def _cuts(self, heads: Index) -> Index:
-        """The rows at which micro-steps begin and end, given the longest length of each row (descending)."""
-        if self._rows:
+    def _cuts(self, heads: Index, samples: int) -> Index:
+        """The rows at which the micro-steps of a step begin and end.
+
+        Args:
+            heads: the longest length of each row, descending.
+            samples: those of the step.
+        """
+        if self._max_tokens:
+            most = self._bound // np.maximum(heads, 1)
+            price = MICRO_STEP_COST * self._max_tokens
+        elif samples == self._sets.global_batch_size:
             micro_steps = -(-len(heads) // self._rows)
             return -(-np.arange(micro_steps + 1) * len(heads) // micro_steps)
-        return _cut_by_tokens(heads, self._bound, MICRO_STEP_COST * self._max_tokens)
+        else:
+            most = np.full(len(heads), self._rows)
+            price = float(heads[0] * len(heads) + 1)  # more than any padding: as few micro-steps as can be
+        return _cut(heads, most, price, partial=samples % self.world_size > 0)
 
     def _shapes(self, epoch: int) -> Iterator["_Shapes"]:
         """The shapes of all micro-steps of an epoch, many optimizer steps at a time."""
@@ -250,8 +257,8 @@ class BucketedSampler:
         table = table.reshape(len(steps), rows, self.world_size)
         present = (np.arange(table[0].size) < samples).reshape(table[0].shape)
         # A fixed micro-batch cuts every step at the same rows.
-        for group in [slice(None)] if self._rows else [slice(i, i + 1) for i in range(len(steps))]:
-            cuts = self._cuts(table[group][0, :, 0])[:-1]
+        for group in [slice(None)] if not self._max_tokens else [slice(i, i + 1) for i in range(len(steps))]:
+            cuts = self._cuts(table[group][0, :, 0], samples)[:-1]
             padded = table[group][:, cuts] * np.add.reduceat(present, cuts, axis=0, dtype=np.int64)
             yield _Shapes(padded.reshape(-1, self.world_size), tokens[group], tokens[group] / samples)
 
@@ -274,7 +281,7 @@ class BatchFigures:
         steps: optimizer steps.
         micro_steps: micro-steps, the same on every rank.
         largest_micro_batch: the most padded tokens of one micro-batch.
-        mean_length_sd: standard deviation over optimizer steps of the mean length of a step's samples, tokens.
+        mean_length_sd: standard deviation over optimizer steps of the mean length of a step's samples.
     """
 
     padding: float
@@ -311,20 +318,24 @@ class BatchFigures:
 
 def summarise(sampler: BucketedSampler, epoch: int = 0) -> BatchFigures:
     """Figures of one epoch of ``sampler`` over all its ranks; about 0.1 microseconds a sample."""
-    padded, tokens, mean_lengths = (np.concatenate(part) for part in zip(*sampler._shapes(epoch), strict=True))
-    return BatchFigures.of(padded, int(tokens.sum()), mean_lengths)
+    shapes = list(sampler._shapes(epoch))
+    return BatchFigures.of(
+        np.concatenate([shape.padded for shape in shapes]),
+        sum(int(shape.tokens.sum()) for shape in shapes),
+        np.concatenate([shape.mean_length for shape in shapes]),
+    )
 
 
 def length_order(lengths: Integers) -> Integers:
     """Sample indices by descending length, ties by index: shape (samples,), uint32 below 2**32 samples.
 
-    A counting sort over chunks: linear in time, and its memory beside the result is that of one chunk.
+    A counting sort over chunks: linear in time, and its memory beside the result is that of one chunk. (Where
+    a sample has 2**16 tokens or more, one plain sort to int64.)
     """
-    dtype = np.uint32 if len(lengths) < 2**32 else np.int64
     longest = int(lengths.max())
     if longest >= 2**16:
-        return np.argsort(longest - lengths.astype(np.int64), kind="stable").astype(dtype)
-    order = np.empty(len(lengths), dtype)
+        return np.argsort(-lengths.astype(np.int64), kind="stable")
+    order: Integers = np.empty(len(lengths), np.uint32 if len(lengths) < 2**32 else np.int64)
     counts = _counts(lengths, longest)[::-1]
     ends = np.cumsum(counts) - counts  # of what is already in its place, by longest - length
     for start, chunk in _chunks(lengths):
@@ -361,7 +372,7 @@ def pack(lengths: Integers, max_length: int, *, seed: int = 0, epoch: int = 0) -
     Raises:
         ValueError: a sample that is empty or longer than ``max_length``.
     """
-    lengths = np.asanyarray(lengths)
+    lengths = np.asarray(lengths)
     _check_lengths(lengths)
     if lengths.max() > max_length:
         raise ValueError(_too_long(lengths, max_length, "`max_length`"))
@@ -369,36 +380,35 @@ def pack(lengths: Integers, max_length: int, *, seed: int = 0, epoch: int = 0) -
         raise ValueError(f"sample {int(lengths.argmin())} has no tokens; leave empty samples out of the data")
     classes = _Classes.of(lengths)
     block_of = np.empty(len(lengths), np.int64)  # by place on the line
-    room: dict[int, list[Index]] = {}  # free tokens -> the blocks that have them
-    sizes: list[int] = []  # the keys of room, ascending
-    blocks = 0
+    open_blocks: dict[int, list[Index]] = {}  # by their free tokens
+    free_sizes: list[int] = []  # the keys of open_blocks, ascending
+    count = 0
 
-    def leave(free: int, some: Index) -> None:
-        if free and len(some):
-            if free not in room:
-                insort(sizes, free)
-            room.setdefault(free, []).append(some)
+    def leave_open(free: int, blocks: Index) -> None:
+        if free and len(blocks):
+            if free not in open_blocks:
+                insort(free_sizes, free)
+            open_blocks.setdefault(free, []).append(blocks)
 
-    for length, start, stop in zip(classes.values, classes.starts[:-1], classes.starts[1:], strict=True):
-        place = int(start)
+    for length, (place, stop) in zip(classes.values.tolist(), pairwise(classes.starts.tolist()), strict=True):
         while place < stop:
-            smallest = bisect_left(sizes, length)
-            free = sizes.pop(smallest) if smallest < len(sizes) else max_length
-            each = free // int(length)
-            wanted = -(-(int(stop) - place) // each)
-            if free in room:
-                found = np.concatenate(room.pop(free))
+            fitting = bisect_left(free_sizes, length)
+            free = free_sizes.pop(fitting) if fitting < len(free_sizes) else max_length
+            each = free // length
+            needed = -(-(stop - place) // each)
+            if free in open_blocks:
+                blocks = np.concatenate(open_blocks.pop(free))
             else:
-                found = np.arange(blocks, blocks + wanted)
-                blocks += wanted
-            leave(free, found[wanted:])
-            found = found[:wanted]
-            placed = min(int(stop) - place, len(found) * each)
-            block_of[place : place + placed] = np.repeat(found, each)[:placed]
+                blocks = np.arange(count, count + needed)
+                count += needed
+            leave_open(free, blocks[needed:])
+            blocks = blocks[:needed]
+            placed = min(stop - place, len(blocks) * each)
+            block_of[place : place + placed] = np.repeat(blocks, each)[:placed]
             place += placed
-            full = placed // each
-            leave(free - each * int(length), found[:full])
-            leave(free - placed % each * int(length), found[full:])
+            full, rest = divmod(placed, each)
+            leave_open(free - each * length, blocks[:full])
+            leave_open(free - rest * length, blocks[full:])
     by_block = np.argsort(block_of, kind="stable")
     offsets = np.concatenate([[0], np.cumsum(np.bincount(block_of))])
     samples = length_order(lengths)[_shuffle(by_block, classes.starts, _key(seed, epoch, "samples"))]
@@ -411,7 +421,7 @@ class _StepSets(Protocol):
     global_batch_size: int
 
     def places(self, epoch: int, steps: Index) -> Index:
-        """Shape (steps, samples of a step), the longest first; the short last step must be asked for alone."""
+        """Shape (steps, samples of a step), the longest first; the short last step is asked for alone."""
 
     def lengths(self, places: Index) -> Index:
         """Tokens, in the shape of ``places``."""
@@ -475,7 +485,7 @@ class _BucketedSets:
         sizes = self._widths * (self._steps - 1) + self._last
         self._bases = np.cumsum(sizes) - sizes
         self._mirrored = self._balance(sizes)
-        self._pool_marks = self._classes.pool_marks(bucket_size)
+        self._pool_scale = self._classes.pool_scale(bucket_size)
         self._pools_of: dict[int, Index] = {}
 
     def places(self, epoch: int, steps: Index) -> Index:
@@ -497,7 +507,10 @@ class _BucketedSets:
         return self._classes.lengths(places)
 
     def samples(self, epoch: int, places: Index) -> Integers:
-        return self._order[_shuffle(places, self._classes.starts, _key(self._seed, epoch, "samples"))]
+        samples: Integers = self._order[
+            _shuffle(places, self._classes.starts, _key(self._seed, epoch, "samples"))
+        ]
+        return samples
 
     def _bucket_starts(self, epoch: int, steps: Index) -> Index:
         """Where on the line each of ``steps`` begins in each stratum, shape (steps, strata).
@@ -507,7 +520,8 @@ class _BucketedSets:
         """
         slots = self._slots(epoch, np.append(steps, self._steps - 1))
         behind = slots[:-1] > slots[-1]
-        return self._bases + slots[:-1] * self._widths - behind * (self._widths - self._last)
+        starts: Index = self._bases + slots[:-1] * self._widths - behind * (self._widths - self._last)
+        return starts
 
     def _slots(self, epoch: int, steps: Index) -> Index:
         """The slot of each stratum that each step takes, shape (steps, strata).
@@ -523,22 +537,21 @@ class _BucketedSets:
         pinned = epoch == 0 and self._longest_first
         lead = (_pinned(shuffle, steps, 0, 0) if pinned else shuffle(steps))[:, None]
         aims = np.where(self._mirrored, self._steps - 1 - lead, lead)
-        windows = _limits(np.array([0, SLOT_WINDOWS]), np.array([0, self._steps]), _fraction(key))
-        slots = _shuffle(aims, windows, key + np.arange(len(self._widths), dtype=np.uint64))
+        ends = (np.arange(SLOT_WINDOWS) + _fraction(key)) * self._steps / SLOT_WINDOWS
+        windows = np.unique(np.concatenate([[0], ends.astype(np.int64), [self._steps]]))
+        slots = _shuffle(aims, windows, key + np.arange(len(self._widths)).astype(np.uint64))
         slots[:, :1] = lead
         return slots
 
     def _balance(self, sizes: Index) -> npt.NDArray[np.bool_]:
         """Which strata run against the first, so that the lengths of a step's buckets even out.
 
-        Greedy number partitioning over the spread of each stratum, widest first.
+        Greedy number partitioning of the spread of each stratum (between its quartiles), widest first.
         """
-        bounds = np.append(self._bases, len(self._order))
-        upper, middle, lower = bounds[:-1], (bounds[:-1] + bounds[1:]) // 2, bounds[1:]
-        total = self._classes.tokens_before
-        spread = 2 * total(middle) - total(upper) - total(lower)
-        spread = spread / np.maximum(sizes, 1) * self._widths
-        signs = np.ones(len(sizes))
+        quartiles = self._bases + sizes * np.array([[1], [3]]) // 4
+        upper, lower = self.lengths(np.minimum(quartiles, len(self._order) - 1)) * self._widths
+        spread = upper - lower
+        signs = np.ones(len(sizes), np.int64)
         balance = spread[0]
         for stratum in 1 + np.argsort(-spread[1:], kind="stable"):
             signs[stratum] = -1 if balance > 0 else 1
@@ -549,7 +562,10 @@ class _BucketedSets:
         """The limits of this epoch's pools on the line."""
         if epoch not in self._pools_of:
             offset = _fraction(_key(self._seed, epoch, "pools"))
-            self._pools_of = {epoch: _limits(self._pool_marks, self._classes.starts, offset)}
+            # Pools end where classes do, or a few samples of the next length would set a bucket's shape.
+            marks = np.searchsorted(self._pool_scale, np.arange(offset, self._pool_scale[-1]))
+            limits = self._classes.starts[np.concatenate([[0], marks, [-1]])]
+            self._pools_of = {epoch: np.unique(limits)}
         return self._pools_of[epoch]
 
 
@@ -573,25 +589,22 @@ class _Classes(NamedTuple):
     def lengths(self, places: Index) -> Index:
         return self.values[np.searchsorted(self.starts, places, side="right") - 1]
 
-    def tokens_before(self, places: Index) -> npt.NDArray[np.float64]:
-        """Tokens of all places before each of ``places``."""
-        tokens = np.concatenate([[0], np.cumsum(self.values * np.diff(self.starts))])
-        return np.interp(places, self.starts, tokens)
-
-    def pool_marks(self, bucket_size: int) -> npt.NDArray[np.float64]:
+    def pool_scale(self, bucket_size: int) -> npt.NDArray[np.float64]:
         """A scale along the line, given at ``starts``, on which every pool is 1 wide.
 
         A pool of c buckets, where the line falls by s tokens a bucket, costs c s / 2 tokens of padding a
-        row and lets a pair of samples meet again at a rate of 1 / c. Over the line, the least rate for a
+        sample and lets a pair of samples meet again at a rate of 1 / c. Over the line, the least rate for a
         given cost has c in proportion to 1 / sqrt(s).
         """
         counts = np.diff(self.starts)
-        steps = np.concatenate([[0], -np.diff(self.values), [0]])
-        slope = (steps[:-1] + steps[1:]) / 2 * bucket_size / counts
+        falls = np.concatenate([[0], -np.diff(self.values), [0]])
+        slope = (falls[:-1] + falls[1:]) / 2 * bucket_size / counts
         scale = np.concatenate([[0], np.cumsum(counts / bucket_size * np.sqrt(slope))])
-        mean = float(self.tokens_before(self.starts[-1:])[0]) / bucket_size
-        width = 2 * POOL_PADDING * mean / max(scale[-1], 1e-9)
-        return scale / width if width else scale
+        tokens = max(1.0, float(self.values @ counts)) / bucket_size
+        # Buckets cut from a sorted line pad too; in a small data set half as much again is a fair price.
+        padding = max(POOL_PADDING, float(self.values[0] - self.values[-1]) / tokens / 4)
+        units: npt.NDArray[np.float64] = scale * (scale[-1] / (2 * padding * tokens))
+        return units
 
 
 def _shuffle(index: Index, bounds: Index, key: Keys) -> Index:
@@ -605,20 +618,19 @@ def _shuffle(index: Index, bounds: Index, key: Keys) -> Index:
 def _permute(index: Index, size: Index, key: Keys) -> Index:
     """A keyed bijection of range(size), element by element; the arguments broadcast.
 
-    A generalised Feistel network of four rounds over Z_a x Z_b, with a b just above ``size``, and cycle
+    A generalised Feistel network of six rounds over Z_a x Z_b, with a b just above ``size``, and cycle
     walking (Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains", section 5).
     """
-    limit = size.astype(np.uint64)
-    a = np.ceil(np.sqrt(limit)).astype(np.uint64)
-    b = -(-size // a.astype(np.int64))
-    image = index.astype(np.uint64)
-    shape = np.broadcast_shapes(image.shape, limit.shape, key.shape)
-    return _walk(*(np.broadcast_to(x, shape) for x in (image, limit, a, b.astype(np.uint64), key))).astype(np.int64)
+    a = np.ceil(np.sqrt(size)).astype(np.int64)
+    b = -(-size // a)
+    operands = np.broadcast_arrays(index, size, a, b, key)
+    image = _walk(*(operand.astype(np.uint64) for operand in operands))
+    return image.astype(np.int64)
 
 
 def _walk(index: Keys, size: Keys, a: Keys, b: Keys, key: Keys) -> Keys:
     left, right = np.divmod(index, b)
-    for turn in range(0, 4, 2):
+    for turn in range(0, 6, 2):
         left = _add(left, _hash(right, key, turn), a)
         right = _add(right, _hash(left, key, turn + 1), b)
     image = left * b + right
@@ -664,10 +676,18 @@ def _pinned(shuffle: Callable[[Index], Index], index: Index, source: int, target
     return image
 
 
-def _limits(scale: npt.NDArray[Any], places: Index, offset: float) -> Index:
-    """Places at which a scale along the line, given at ``places``, passes offset, offset + 1, ...; and its ends."""
-    marks = np.interp(np.arange(offset, scale[-1]), scale, places)
-    return np.unique(np.concatenate([places[:1], np.rint(marks).astype(np.int64), places[-1:]]))
+def _rows_of_a_bucket(
+    lengths: Integers, global_batch_size: int, world_size: int, max_tokens: int | None
+) -> int:
+    """Samples a rank has of each bucket of a step, by default, under a token budget.
+
+    A bucket for each micro-step the tokens need keeps the mean length of steps even; from eight on, two
+    micro-steps for each keep the micro-batches fuller.
+    """
+    assert max_tokens is not None
+    micro_steps = max(1, round(global_batch_size * float(lengths.mean()) / (world_size * max_tokens)))
+    strata = min(micro_steps, max(8, micro_steps // 2))
+    return -(-global_batch_size // (world_size * strata))
 
 
 def _short_step(widths: Index, samples: int) -> Index:
@@ -684,23 +704,25 @@ def _short_step(widths: Index, samples: int) -> Index:
     return last
 
 
-def _cut_by_tokens(heads: Index, bound: int, overhead: float) -> Index:
-    """The rows at which micro-steps begin and end: the least padded tokens plus ``overhead`` a micro-step.
+def _cut(heads: Index, most: Index, price: float, *, partial: bool) -> Index:
+    """The cuts of rows into micro-steps with the least padded tokens plus ``price`` a micro-step.
 
     Args:
         heads: the longest length of each row, descending.
-        bound: the most padded tokens of a micro-batch, that is rows x longest length.
+        most: the most rows of a micro-step that begins at each row.
+        partial: the last row is not full; alone, it would leave ranks with nothing, and counts twice.
     """
     rows = len(heads)
     cost = np.full(rows + 1, np.inf)
     cost[0] = 0
     begin = np.zeros(rows + 1, np.int64)
-    for row, head in enumerate(heads.tolist()):
-        stop = min(rows, row + (bound // head if head else rows))
-        offer = cost[row] + overhead + head * np.arange(1, stop - row + 1)
-        better = offer < cost[row + 1 : stop + 1]
-        cost[row + 1 : stop + 1][better] = offer[better]
-        begin[row + 1 : stop + 1][better] = row
+    for row, (head, many) in enumerate(zip(heads.tolist(), most.tolist(), strict=True)):
+        alone = partial and row == rows - 1
+        ends = slice(row + 1, row + 1 + many)
+        offers = cost[row] + price * (1 + alone) + head * np.arange(1, len(cost[ends]) + 1)
+        better = offers < cost[ends]
+        cost[ends][better] = offers[better]
+        begin[ends][better] = row
     cuts = [rows]
     while cuts[-1]:
         cuts.append(int(begin[cuts[-1]]))
@@ -716,7 +738,7 @@ def _counts(lengths: Integers, longest: int) -> Index:
     """Samples of each length, shape (longest + 1,)."""
     counts = np.zeros(longest + 1, np.int64)
     for _, chunk in _chunks(lengths):
-        counts += np.bincount(chunk, minlength=longest + 1)
+        counts += np.bincount(chunk.astype(np.int64), minlength=longest + 1)
     return counts
 
 
@@ -728,8 +750,11 @@ def _check(
     rank: int,
     bucket_size: int | None,
     max_tokens: int | None,
+    order: Integers | None,
 ) -> None:
     _check_lengths(lengths)
+    if order is not None and len(order) != len(lengths):
+        raise ValueError(f"`order` is that of {len(order)} samples, there are {len(lengths)}")
     sizes = {
         "global_batch_size": global_batch_size,
         "micro_batch_size": micro_batch_size,

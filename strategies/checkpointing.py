@@ -6,7 +6,8 @@ frozen one behind frozen embeddings) is run as it is, so that it is neither comp
 """
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     import torch
 
 KEY = "strategy.activation_checkpointing"
+
+#: What surrounds a block when it runs, and when it runs again.
+Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 
 
 class CheckpointingSettings(Settings):
@@ -75,24 +79,36 @@ def _prepare_model(model: "torch.nn.Module", setup: Setup) -> None:
             f"`{type(model).__name__}` has no repeated blocks to checkpoint",
             'set it to `"none"`, or put the blocks of the model into a `torch.nn.ModuleList`',
         )
-    contexts = _keep_products if settings.mode == "selective" else None
+    _store_no_keys_and_values(model)
+    contexts = _keep_products if settings.mode == "selective" else _keep_nothing
     for block in blocks[:: settings.every]:
         _checkpoint(block, contexts)
 
 
-def _checkpoint(block: "torch.nn.Module", contexts: Callable[[], Any] | None) -> None:
+def _store_no_keys_and_values(model: "torch.nn.Module") -> None:
+    """Turn off a language model's cache for generation: a block that runs twice would fill it twice."""
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if getattr(config, "use_cache", False):
+            config.use_cache = False
+
+
+def _checkpoint(block: "torch.nn.Module", contexts: Callable[[], Contexts]) -> None:
     """Let ``block`` keep only its inputs, wherever autograd would keep more."""
     import torch
     from torch.utils.checkpoint import checkpoint
 
     forward = block.forward
-    options: dict[str, Any] = {} if contexts is None else {"context_fn": contexts}
+
+    def context_fn() -> Contexts:
+        first, again = contexts()
+        return first, _same_statistics(block, again)
 
     @functools.wraps(forward)
     def checkpointed(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled() or not (_trainable(block) or _wants_grad((args, kwargs))):
             return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, **options, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, context_fn=context_fn, **kwargs)
 
     block.forward = checkpointed
 
@@ -108,11 +124,32 @@ def _wants_grad(inputs: Any) -> bool:
     return any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in _pytree.tree_leaves(inputs))
 
 
-def _keep_products() -> Any:
+@contextmanager
+def _same_statistics(block: "torch.nn.Module", inner: AbstractContextManager[Any]) -> Iterator[None]:
+    """``inner``, in which batch norms see a batch again without counting it twice in running statistics."""
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    norms = [(m, m.momentum, m.num_batches_tracked) for m in block.modules() if isinstance(m, _BatchNorm)]
+    for norm, _, _ in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        with inner:
+            yield
+    finally:
+        for norm, momentum, batches in norms:
+            norm.momentum, norm.num_batches_tracked = momentum, batches
+
+
+def _keep_nothing() -> Contexts:
+    return nullcontext(), nullcontext()
+
+
+def _keep_products() -> Contexts:
     """Selective checkpointing: the outputs of matrix products, convolutions and attention are kept."""
     from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
-    return create_selective_checkpoint_contexts(_costly_operators())
+    first, again = create_selective_checkpoint_contexts(_costly_operators())
+    return first, again
 
 
 @functools.cache

@@ -70,15 +70,14 @@ def _prepare_model(model: "torch.nn.Module", setup: Setup) -> None:
 
 def _verify(setup: Setup, facts: Facts) -> Iterable[str]:
     names = list(facts.trainable)
-    frozen = frozen_names(setup.freeze, names) if not setup.freeze else _frozen_at_any_root(setup, names)
-    for name, trainable in facts.trainable.items():
-        if trainable and name in frozen:
-            yield f"`{name}` is trained, the job freezes it"
-
-
-def _frozen_at_any_root(setup: Setup, names: list[str]) -> set[str]:
     roots = dict.fromkeys(name.split(".", 1)[0] for name in names)
-    return {name for pattern in setup.freeze for name in patterns.select(pattern, names, roots)}
+    for pattern in setup.freeze:
+        # Which root is the base model the names don't tell: below that one, everything it covers is frozen.
+        # A pattern that covers only other names of tied parameters is not among these names at all.
+        covered = [found for root in ("", *roots) if (found := patterns.select(pattern, names, [root]))]
+        trained = [[name for name in found if facts.trainable[name]] for found in covered]
+        if trained and all(trained):
+            yield f"`{trained[0][0]}` is trained, `{pattern}` in the job freezes it"
 
 
 TECHNIQUE = Technique(name="freezing", prepare_model=_prepare_model, verify=_verify)

@@ -132,7 +132,7 @@ def _grouped_bits_adamw() -> "Callable[..., torch.optim.Optimizer]":
         """AdamW whose state bits are those of the parameter group."""
 
         def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
-            config: dict[str, Any] = super().get_config(gindex, pindex, group)
+            config: dict[str, Any] = super().get_config(gindex, pindex, group)  # type: ignore[no-untyped-call]
             config["optim_bits"] = group["optim_bits"]
             return config
 

@@ -8,6 +8,7 @@ from pydantic import Field
 from memlaunch.strategies.settings import Settings
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     import torch
 
 
@@ -36,7 +37,7 @@ def padded_length(longest: int, settings: PaddingSettings, max_length: int) -> i
 
 
 def pad(
-    samples: Sequence[Mapping[str, Sequence[int]]],
+    samples: "Sequence[Mapping[str, Sequence[int] | npt.NDArray[Any]]]",
     settings: PaddingSettings,
     max_length: int,
     fill: Mapping[str, int],

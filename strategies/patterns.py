@@ -24,6 +24,9 @@ def select(pattern: str, parameters: Sequence[str], base_prefixes: Iterable[str]
         base_prefixes: names of the base model inside the model (``bert``), tried where the pattern matches
             nothing from the root.
 
+    Each part of a bracket must pick something: where ``encoder.layer`` has 6 modules,
+    ``encoder.layer[0,6]`` matches nothing.
+
     Raises:
         ValueError: the brackets of the pattern hold no index or slice.
     """
@@ -51,8 +54,9 @@ def nearest(pattern: str, parameters: Sequence[str], base_prefixes: Iterable[str
 
 def check_syntax(pattern: str) -> None:
     """Raise ValueError where the brackets of ``pattern`` hold no index or slice."""
-    for piece in _SELECTION.findall(pattern):
-        _picked(piece, [])
+    for selection in _SELECTION.findall(pattern):
+        for part in selection.split(","):
+            _picked(part, [])
     rest = _SELECTION.sub("", pattern)
     if "[" in rest or "]" in rest:
         raise ValueError(f"`{pattern}` has a bracket that is not closed")
@@ -66,10 +70,15 @@ def _match(prefix: str, pattern: str, modules: dict[str, None]) -> set[str]:
     pieces = _SELECTION.split(pattern)  # path, selection, path, selection, ..., path
     found = _glob(re.escape(prefix) + _to_regex(pieces[0]), modules)
     for selection, path in zip(pieces[1::2], pieces[2::2], strict=True):
-        items = {f"{parent}.{index}" for parent in found for index in _pick(selection, parent, modules)}
-        found = items if not path else set()
-        for item in items if path else ():
-            found |= _glob(re.escape(item) + _to_regex(path), modules)
+        items: set[str] = set()
+        for part in selection.split(","):
+            picked = {f"{parent}.{index}" for parent in found for index in _pick(part, parent, modules)}
+            if not picked:
+                return set()
+            items |= picked
+        found = items
+        if path:
+            found = {name for item in items for name in _glob(re.escape(item) + _to_regex(path), modules)}
     return found
 
 
@@ -82,27 +91,23 @@ def _to_regex(path: str) -> str:
     return re.escape(path).replace(r"\*", ".*").replace(r"\?", ".")
 
 
-def _pick(selection: str, parent: str, modules: dict[str, None]) -> list[int]:
-    """The indices that ``selection`` picks from the list of modules ``parent``."""
+def _pick(part: str, parent: str, modules: dict[str, None]) -> list[int]:
+    """The indices that one part of a bracket picks from the list of modules ``parent``."""
     head = f"{parent}."
     children = {name[len(head) :].split(".", 1)[0] for name in modules if name.startswith(head)}
-    return _picked(selection, sorted(int(child) for child in children if child.isdecimal()))
+    return _picked(part, sorted(int(child) for child in children if child.isdecimal()))
 
 
-def _picked(selection: str, indices: list[int]) -> list[int]:
-    chosen: list[int] = []
-    for part in selection.split(","):
-        if index := _INDEX.fullmatch(part):
-            at = int(index[1])
-            chosen += indices[at:][:1] if -len(indices) <= at < len(indices) else []
-        elif cut := _SLICE.fullmatch(part):
-            bounds = [int(bound) if bound else None for bound in cut.groups()]
-            if bounds[2] == 0:
-                raise ValueError(f"`[{selection}]` has a step of zero")
-            chosen += indices[slice(*bounds)]
-        else:
-            raise ValueError(f"`[{selection}]` is neither an index, a slice nor a list of them")
-    return chosen
+def _picked(part: str, indices: list[int]) -> list[int]:
+    if index := _INDEX.fullmatch(part):
+        at = int(index[1])
+        return [indices[at]] if -len(indices) <= at < len(indices) else []
+    if cut := _SLICE.fullmatch(part):
+        bounds = [int(bound) if bound else None for bound in cut.groups()]
+        if bounds[2] == 0:
+            raise ValueError(f"`[{part}]` has a step of zero")
+        return indices[slice(*bounds)]
+    raise ValueError(f"`[{part}]` is neither an index nor a slice")
 
 
 def _module_names(parameters: Iterable[str]) -> dict[str, None]:

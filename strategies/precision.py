@@ -41,13 +41,16 @@ class PrecisionSettings(Settings):
         default=65536.0, description="Where the dynamic loss scale starts: a power of two."
     )
     growth_interval: int = Field(
-        default=1000, ge=1, description="Steps without overflow after which the scale doubles."
+        default=1000,
+        ge=1,
+        description="After this many steps without overflow the next one doubles the scale.",
     )
     hysteresis: int = Field(
         default=2, ge=1, description="Overflows until the scale halves; the first ones only skip their step."
     )
     min_scale: float = Field(
-        default=1.0, gt=0, description="The scale never falls below this; an overflow there ends the run."
+        default=1.0,
+        description="The scale never falls below this power of two; an overflow there ends the run.",
     )
 
     @field_validator("loss_scale")
@@ -57,7 +60,7 @@ class PrecisionSettings(Settings):
             raise ValueError("a fixed loss scale must be greater than 0")
         return value
 
-    @field_validator("initial_scale")
+    @field_validator("initial_scale", "min_scale")
     @classmethod
     def _power_of_two(cls, value: float) -> float:
         if value < 1 or math.frexp(value)[0] != 0.5:
@@ -74,8 +77,8 @@ class LossScale:
     """The loss scale of fp16 and how it moves; the same rule as DeepSpeed's ``DynamicLossScaler``.
 
     An overflow costs one of ``hysteresis`` credits, and halves the scale once one credit is left. After
-    ``growth_interval`` steps without overflow the scale doubles and the credits are full again. A fixed
-    scale never moves, but its overflows are skipped all the same.
+    ``growth_interval`` steps without overflow the next such step doubles the scale and fills the credits
+    again. A fixed scale never moves, but its overflows are skipped all the same.
     """
 
     scale: float
@@ -112,10 +115,10 @@ class LossScale:
                 raise ScaleAtMinimum(f"the gradients overflow at the smallest loss scale, {self.min_scale:g}")
             self.scale = max(self.scale / 2, self.min_scale)
             return
-        self.clean_steps += 1
-        if self.clean_steps % self.growth_interval == 0:
+        if self.clean_steps and self.clean_steps % self.growth_interval == 0:
             self.scale *= 2
             self.credits = self.hysteresis
+        self.clean_steps += 1
 
 
 class MasterWeights:
@@ -201,6 +204,13 @@ def _conflicts(setup: Setup) -> Iterable[Conflict]:
                 'remove it, or set `"loss_scale": "dynamic"`',
                 ("strategy.precision.loss_scale",),
             )
+    elif precision.initial_scale < precision.min_scale:
+        yield Conflict(
+            "strategy.precision.min_scale",
+            f"the scale starts at {precision.initial_scale:g}, below its minimum {precision.min_scale:g}",
+            "raise `initial_scale`, or lower `min_scale`",
+            ("strategy.precision.initial_scale",),
+        )
     if precision.dtype == "fp32" and precision.parameters != "fp32":
         yield Conflict(
             "strategy.precision.parameters",
@@ -240,7 +250,7 @@ def _deepspeed_config(setup: Setup) -> Mapping[str, Any]:
             "initial_scale_power": round(math.log2(precision.initial_scale)),
             "loss_scale_window": precision.growth_interval,
             "hysteresis": precision.hysteresis,
-            "min_loss_scale": precision.min_scale,
+            "min_loss_scale": int(precision.min_scale),
         }
     else:
         section["loss_scale"] = precision.loss_scale

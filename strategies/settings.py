@@ -1,10 +1,17 @@
 """What the settings of every technique have in common."""
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    GetJsonSchemaHandler,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema
+from pydantic_core import CoreSchema, PydanticKnownError
 
 
 class Settings(BaseModel):
@@ -23,6 +30,16 @@ class Settings(BaseModel):
     def _expand_shorthand(cls, value: Any) -> Any:
         if isinstance(value, str) and cls.SHORTHAND is not None:
             return {cls.SHORTHAND: value}
+        return value
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _choice_of_its_type(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse ``true`` and ``1.0`` for the choice ``1``, which they equal in Python."""
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        choices = get_args(annotation) if get_origin(annotation) is Literal else ()
+        if any(value == choice and type(value) is not type(choice) for choice in choices):
+            raise PydanticKnownError("literal_error", {"expected": ", ".join(map(repr, choices))})
         return value
 
     @classmethod

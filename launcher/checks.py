@@ -1,0 +1,417 @@
+"""The checks of a job that need more than one key, a file, or a feature that is not there yet."""
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from memlaunch.launcher import data_files, model_files
+from memlaunch.launcher.errors import BadPath
+from memlaunch.launcher.job import Job, batch_of, setup_of
+from memlaunch.launcher.keys import KeyPath, dotted
+from memlaunch.launcher.source import kind_of
+from memlaunch.strategies import TECHNIQUES, patterns
+from memlaunch.strategies.accumulation import Batch, BatchError
+from memlaunch.strategies.freezing import no_match
+from memlaunch.strategies.technique import Conflict
+
+#: What a rank is told by its launcher, or by other keys of the job.
+_OWN_VARIABLES = {
+    "LOCAL_RANK": None,
+    "LOCAL_WORLD_SIZE": None,
+    "MASTER_ADDR": None,
+    "MASTER_PORT": None,
+    "MEMLAUNCH_RUN_DIR": None,
+    "OMP_NUM_THREADS": "cluster.threads_per_rank",
+    "RANK": None,
+    "WORLD_SIZE": None,
+}
+
+#: Keys of a DeepSpeed config that other keys of the job stand for.
+_OWN_DEEPSPEED = {
+    "activation_checkpointing": "strategy.activation_checkpointing",
+    "amp": "strategy.precision",
+    "bf16": "strategy.precision",
+    "bfloat16": "strategy.precision",
+    "data_types": "strategy.precision",
+    "fp16": "strategy.precision",
+    "gradient_accumulation_steps": "training.gradient_accumulation_steps",
+    "gradient_clipping": "training.max_grad_norm",
+    "managed_gradient_accumulation": "training.gradient_accumulation_steps",
+    "optimizer": "strategy.optimizer",
+    "scheduler": "training.schedule",
+    "torch_autocast": "strategy.precision",
+    "train_batch_size": "training.global_batch_size",
+    "train_micro_batch_size_per_gpu": "training.micro_batch_size",
+    "zero_allow_untested_optimizer": "strategy.optimizer",
+    "zero_force_ds_cpu_optimizer": "strategy.optimizer",
+    "zero_optimization.allgather_bucket_size": "strategy.zero.bucket_size",
+    "zero_optimization.cpu_offload": "strategy.zero.offload_optimizer",
+    "zero_optimization.cpu_offload_params": "strategy.zero.offload_parameters",
+    "zero_optimization.offload_optimizer": "strategy.zero.offload_optimizer",
+    "zero_optimization.offload_param": "strategy.zero.offload_parameters",
+    "zero_optimization.reduce_bucket_size": "strategy.zero.bucket_size",
+    "zero_optimization.stage": "strategy.zero.stage",
+    "zero_optimization.stage3_prefetch_bucket_size": "strategy.zero.bucket_size",
+}
+
+#: Other top-level keys of a DeepSpeed config, which accepts a misspelt one without a word.
+_DEEPSPEED = (
+    "aio autotuning checkpoint comms_logger communication_data_type compile compression_training "
+    "csv_monitor curriculum_learning data_efficiency dataloader_drop_last disable_allgather "
+    "disable_python_gc dump_state elasticity eigenvalue flops_profiler gradient_predivide_factor "
+    "graph_harvesting hybrid_engine log_level memory_breakdown pipeline prescale_gradients "
+    "progressive_layer_drop seq_parallel_communication_data_type sparse_attention sparse_gradients "
+    "steps_per_print tensor_parallel tensorboard timers use_data_before_expert_parallelism wandb "
+    "wall_clock_breakdown zero_optimization zenflow"
+)
+
+_BATCH_KEYS = (
+    "training.global_batch_size",
+    "training.micro_batch_size",
+    "training.gradient_accumulation_steps",
+    "cluster.gpus_per_node",
+)
+
+
+def check(job: Job, base: Path, ranks: int) -> Iterator[Conflict]:
+    """What in a job cannot stand together, is not there, or is not supported yet."""
+    yield from _check_model(job, base)
+    yield from _check_data(job, base)
+    yield from _check_training(job, ranks)
+    yield from _check_strategy(job, ranks)
+    yield from _check_patterns(job, base)
+    yield from _check_cluster(job, base)
+
+
+def _check_model(job: Job, base: Path) -> Iterator[Conflict]:
+    model = job.model
+    if model.path is None and model.architecture is None:
+        yield Conflict("model", "there is neither a `path` nor an `architecture`", 'add `"path"`')
+    if model.path is not None and model.architecture is not None:
+        yield Conflict(
+            "model.architecture",
+            "a model has a `path` or an `architecture`, not both",
+            "keep `path` to go on from its weights, `architecture` for random ones",
+            ("model.path",),
+        )
+    if model.config and model.architecture is None:
+        yield Conflict(
+            "model.config",
+            "only an `architecture` takes a config",
+            "remove it, or name an `architecture` in the place of `path`",
+            ("model.architecture",),
+        )
+    if model.architecture is not None and model.path is None and model.tokenizer is None:
+        yield Conflict(
+            "model.architecture",
+            "an `architecture` comes without a tokenizer",
+            'name one with `"tokenizer"`',
+            ("model.tokenizer",),
+        )
+    try:
+        folder = model_files.locate(model.path, base) if model.path is not None else None
+    except BadPath as error:
+        yield Conflict("model.path", str(error), error.hint)
+    else:
+        if model.revision is not None and (folder is not None or model.path is None):
+            yield Conflict(
+                "model.revision",
+                "only a model of the Hugging Face hub has revisions",
+                "remove it",
+                ("model.path",),
+            )
+        if folder is not None:
+            yield from _check_folder("model.path", model.path, folder, model_files.check_model)
+            if model.tokenizer is None:
+                yield from _check_folder("model.path", model.path, folder, model_files.check_tokenizer)
+    if model.tokenizer is not None:
+        try:
+            folder = model_files.locate(model.tokenizer, base)
+        except BadPath as error:
+            yield Conflict("model.tokenizer", str(error), error.hint)
+        else:
+            if folder is not None:
+                yield from _check_folder(
+                    "model.tokenizer", model.tokenizer, folder, model_files.check_tokenizer
+                )
+    if model.task != "sequence-classification" and model.num_labels is not None:
+        yield Conflict("model.num_labels", f"`{model.task}` has no labels", "remove it", ("model.task",))
+    if model.attention == "flash_attention_2":
+        if job.cluster.device == "cpu":
+            yield Conflict(
+                "model.attention", "flash attention runs on a GPU only", "use `sdpa`", ("cluster.device",)
+            )
+        if job.strategy.precision.dtype == "fp32":
+            yield Conflict(
+                "model.attention",
+                "flash attention runs in fp16 and bf16 only",
+                "use `sdpa`, or another `strategy.precision`",
+                ("strategy.precision.dtype",),
+            )
+
+
+def _check_folder(
+    key: str, path: str | None, folder: Path, examine: Callable[[Path], None]
+) -> Iterator[Conflict]:
+    try:
+        examine(folder)
+    except BadPath as error:
+        yield Conflict(key, f"`{path}` {error}", error.hint)
+
+
+def _check_data(job: Job, base: Path) -> Iterator[Conflict]:
+    data = job.data
+    classifies = job.model.task == "sequence-classification"
+    if data.label is not None and not classifies:
+        yield Conflict("data.label", f"`{job.model.task}` has no labels", "remove it", ("model.task",))
+    if isinstance(data.text, list) and not classifies:
+        yield Conflict(
+            "data.text", f"`{job.model.task}` takes one text, not a pair", "name one column", ("model.task",)
+        )
+    for key, path in (("data.train", data.train), ("data.eval", data.eval)):
+        if path is None:
+            continue
+        try:
+            file = data_files.locate(path, base)
+        except BadPath as error:
+            yield Conflict(key, str(error), error.hint)
+            continue
+        if file is None:
+            continue
+        try:
+            record = data_files.first_record(file)
+        except BadPath as error:
+            yield Conflict(key, f"`{path}` {error}", error.hint)
+            continue
+        yield from _check_columns(job, key, path, record)
+    yield from _check_batching(job)
+    limit = positions(job, base)
+    if data.max_length is not None and limit is not None and data.max_length > limit:
+        yield Conflict(
+            "data.max_length",
+            f"the model has {limit} positions, fewer than {data.max_length}",
+            f"use {limit} or less",
+            ("model.path",),
+        )
+
+
+def _check_columns(job: Job, source_key: str, path: str, record: Mapping[str, Any]) -> Iterator[Conflict]:
+    text = job.data.text
+    columns = (
+        {"data.text": text} if isinstance(text, str) else {f"data.text[{i}]": t for i, t in enumerate(text)}
+    )
+    for key, column in columns.items():
+        if column not in record:
+            yield _no_column(key, column, source_key, path, record)
+        elif not isinstance(record[column], str):
+            message = f"the column `{column}` of `{path}` is {_kind(record[column])}, not text"
+            yield Conflict(key, message, _columns(record), (source_key,))
+    if job.model.task != "sequence-classification":
+        return
+    label = job.data.label or "label"
+    if label not in record:
+        conflict = _no_column("data.label", label, source_key, path, record)
+        if "task" not in job.model.model_fields_set:
+            hint = f'{conflict.hint}; to train a language model, set `"task": "causal-lm"`'
+            conflict = Conflict(conflict.key, conflict.message, hint, conflict.others)
+        yield conflict
+    elif not _is_class(record[label]):
+        shown = _kind(record[label])
+        yield Conflict(
+            "data.label",
+            f"the column `{label}` of `{path}` is {shown}, not a class",
+            "a class is a name or a whole number from 0",
+            (source_key,),
+        )
+
+
+def _is_class(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, int) and value >= 0)
+
+
+def _kind(value: Any) -> str:
+    """What a value of a record is, in words: numbers as they are."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return f"the number {value}"
+    try:
+        return kind_of(value)
+    except KeyError:
+        return f"a {type(value).__name__}"
+
+
+def _no_column(key: str, column: str, source_key: str, path: str, record: Mapping[str, Any]) -> Conflict:
+    close = difflib.get_close_matches(column, list(record), n=1)
+    hint = f"did you mean `{close[0]}`?" if close else _columns(record)
+    return Conflict(key, f"`{path}` has no column `{column}`", hint, (source_key,))
+
+
+def _columns(record: Mapping[str, Any]) -> str:
+    names = ", ".join(f"`{name}`" for name in list(record)[:8])
+    return f"its columns are {names}" if len(record) <= 8 else f"its first columns are {names}"
+
+
+def _check_batching(job: Job) -> Iterator[Conflict]:
+    batching = job.data.batching
+    if batching.mode == "packed":
+        yield Conflict(
+            "data.batching.mode", "packed batches are not supported yet", "use `bucketed` or `random`"
+        )
+    if batching.max_tokens is not None:
+        yield Conflict(
+            "data.batching.max_tokens",
+            "batches of so many tokens are not supported yet",
+            "remove it and give `training.micro_batch_size`",
+        )
+
+
+def _check_training(job: Job, ranks: int) -> Iterator[Conflict]:
+    training = job.training
+    if training.micro_batch_size == "auto":
+        yield Conflict(
+            "training.micro_batch_size",
+            "nothing can choose it yet",
+            "give a number, or leave it out: then it follows from the other batch sizes, or is 8",
+        )
+    else:
+        try:
+            batch_of(job, ranks)
+        except BatchError as error:
+            yield Conflict(f"training.{error.key}", str(error), error.hint, _BATCH_KEYS)
+    if training.epochs is not None and training.max_steps is not None:
+        yield Conflict(
+            "training.max_steps",
+            "training ends after `epochs` or after `max_steps`, not both",
+            "remove one of them",
+            ("training.epochs",),
+        )
+    if training.warmup_steps is not None and training.warmup_ratio is not None:
+        yield Conflict(
+            "training.warmup_ratio",
+            "the warm-up is given twice, as `warmup_steps` and as a ratio",
+            "remove one of them",
+            ("training.warmup_steps",),
+        )
+    if training.max_steps is not None and (training.warmup_steps or 0) > training.max_steps:
+        yield Conflict(
+            "training.warmup_steps",
+            f"a warm-up of {training.warmup_steps} steps does not end in {training.max_steps} `max_steps`",
+            "use fewer",
+            ("training.max_steps",),
+        )
+    if training.eval_every_steps is not None and job.data.eval is None:
+        yield Conflict(
+            "training.eval_every_steps", "there is nothing to evaluate on", "add `data.eval`", ("data.eval",)
+        )
+
+
+def _check_strategy(job: Job, ranks: int) -> Iterator[Conflict]:
+    strategy = job.strategy
+    if strategy.engine == "auto":
+        yield Conflict("strategy.engine", "nothing can choose it yet", "use `torch` or `deepspeed`")
+        return
+    try:
+        batch = batch_of(job, ranks)
+    except BatchError:
+        batch = Batch(ranks, 1, 1)
+    setup = setup_of(job, batch, ranks, job.cluster.device)
+    for technique in TECHNIQUES:
+        yield from technique.conflicts(setup)
+    if strategy.deepspeed and strategy.engine != "deepspeed":
+        yield Conflict(
+            "strategy.deepspeed",
+            f"the {strategy.engine} engine takes no DeepSpeed keys",
+            'set `"engine": "deepspeed"`, or remove them',
+            ("strategy.engine",),
+        )
+    else:
+        yield from _check_raw(strategy.deepspeed)
+
+
+def _check_raw(raw: Mapping[str, Any]) -> Iterator[Conflict]:
+    """Raw DeepSpeed keys that other keys of the job stand for, or that look misspelt."""
+    zero = raw.get("zero_optimization")
+    paths: list[KeyPath] = [(key,) for key in raw]
+    if isinstance(zero, Mapping):
+        paths += [("zero_optimization", key) for key in zero]
+    known = [*_DEEPSPEED.split(), *(key for key in _OWN_DEEPSPEED if "." not in key)]
+    for path in paths:
+        key = dotted(("strategy", "deepspeed", *path))
+        if (ours := _OWN_DEEPSPEED.get(".".join(map(str, path)))) is not None:
+            yield Conflict(key, f"`{ours}` stands for it", "use that, and remove this")
+        elif len(path) == 1 and path[0] not in known:
+            close = difflib.get_close_matches(str(path[0]), known, n=1, cutoff=0.8)
+            if close:
+                hint = f"did you mean `{close[0]}`?"
+                yield Conflict(key, "DeepSpeed has no such key, and would pass over it without a word", hint)
+
+
+def _check_patterns(job: Job, base: Path) -> Iterator[Conflict]:
+    """Freeze and override patterns that match nothing, where the names can be known without torch."""
+    if job.model.path is None or job.model.architecture is not None:
+        return
+    try:
+        folder = model_files.locate(job.model.path, base)
+        parameters = model_files.parameters(folder) if folder is not None else None
+    except BadPath as error:
+        if folder is not None:
+            yield Conflict("model.path", f"`{job.model.path}` {error}", error.hint)
+        return
+    if parameters is not None:
+        yield from check_patterns(job, parameters)
+
+
+def check_patterns(job: Job, parameters: model_files.Parameters) -> Iterator[Conflict]:
+    """Freeze and override patterns that match nothing among ``parameters``, and frozen models."""
+    freeze = {f"strategy.freeze[{i}]": pattern for i, pattern in enumerate(job.strategy.freeze)}
+    overrides = {
+        f"strategy.optimizer.overrides[{i}].modules": override.modules
+        for i, override in enumerate(job.strategy.optimizer.overrides)
+    }
+    frozen: set[str] = set()
+    for key, pattern in (freeze | overrides).items():
+        covered = patterns.select(pattern, parameters.names, parameters.prefixes)
+        if not covered:
+            message, hint = no_match(pattern, parameters.stored, parameters.prefixes)
+            yield Conflict(key, message, hint, ("model.path",))
+        if key in freeze:
+            frozen.update(covered)
+    if frozen and frozen == set(parameters.names):
+        yield Conflict(
+            "strategy.freeze",
+            "every parameter of the model is frozen",
+            "leave at least one module out of it",
+            ("model.path",),
+        )
+
+
+def _check_cluster(job: Job, base: Path) -> Iterator[Conflict]:
+    cluster = job.cluster
+    if cluster.nodes > 1:
+        yield Conflict(
+            "cluster.nodes",
+            f"torchrun starts ranks on this machine only, not on {cluster.nodes}",
+            "use 1; more machines are not supported yet",
+        )
+    for name in cluster.env:
+        if name in _OWN_VARIABLES:
+            ours = _OWN_VARIABLES[name]
+            hint = f"use `{ours}`" if ours else "remove it"
+            yield Conflict(dotted(("cluster", "env", name)), f"the launcher sets `{name}` itself", hint)
+    folder = Path(base, job.output.dir).expanduser().absolute()
+    for path in (folder, *folder.parents):
+        if path.exists():
+            if not path.is_dir():
+                yield Conflict("output.dir", f"`{job.output.dir}` is or lies below a file", "name a folder")
+            break
+
+
+def positions(job: Job, base: Path) -> int | None:
+    """Positions of a model on this machine."""
+    if job.model.path is None:
+        return None
+    try:
+        folder = model_files.locate(job.model.path, base)
+        return model_files.positions(folder) if folder is not None else None
+    except BadPath:
+        return None

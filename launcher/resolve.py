@@ -1,0 +1,225 @@
+"""A job with every default written out: what runs."""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from memlaunch.launcher import checks, data_files, model_files, schema, source
+from memlaunch.launcher.errors import Problem, UserError, in_order
+from memlaunch.launcher.job import Job, batch_of, setup_of
+from memlaunch.launcher.keys import KeyPath, is_in, parse
+from memlaunch.launcher.source import Document
+from memlaunch.strategies.accumulation import Batch
+from memlaunch.strategies.settings import Settings
+from memlaunch.strategies.technique import Conflict, Device, Setup
+
+Section = TypeVar("Section", bound=Settings)
+Check = Callable[[Job, Path], Iterable[Conflict]]
+
+
+@dataclass(frozen=True)
+class ResolvedJob:
+    """A job in which nothing is left to default.
+
+    Attributes:
+        job: the job: absolute paths, batch sizes, ranks and threads filled in.
+        batch: its batch sizes, in samples.
+        world_size: ranks.
+        threads_per_rank: CPU threads of each.
+    """
+
+    job: Job
+    batch: Batch
+    world_size: int
+    threads_per_rank: int
+
+    def setup(self, device: Device) -> Setup:
+        """What the techniques may know; ``device`` is the one the rank has, or the one the job asks for."""
+        return setup_of(self.job, self.batch, self.world_size, device)
+
+    def summary(self) -> str:
+        """The job in one line: model, ranks, batch sizes, strategy."""
+        job, batch, ranks = self.job, self.batch, self.world_size
+        model = job.model.path or f"a new {job.model.architecture}"
+        place = {"auto": "", "cpu": " on the CPU", "cuda": " on GPUs"}[job.cluster.device]
+        count = "1 rank" if ranks == 1 else f"{ranks} ranks"
+        return (
+            f"{model}, {count}{place}, global batch {batch.global_batch_size} = "
+            f"{batch.micro_batch_size} x {batch.gradient_accumulation_steps} accumulation x {ranks}, "
+            + ", ".join(_strategy(job))
+        )
+
+    def to_json(self) -> str:
+        """``resolved.json``: itself a job file, which resolves to this job."""
+        return (
+            json.dumps(self.job.model_dump(mode="json", by_alias=True), indent=2, ensure_ascii=False) + "\n"
+        )
+
+
+def load(path: Path, sets: Sequence[str] = (), then: Check | None = None) -> ResolvedJob:
+    """The job file ``path`` with ``--set`` arguments (``key=value``) applied, checked and resolved.
+
+    Args:
+        then: checks a job in which nothing else is wrong.
+
+    Raises:
+        UserError: with everything that is wrong.
+    """
+    document = source.read(path, sets, schema.shorthands(Job))
+    checked = schema.check(document, Job)
+    problems = [*document.problems, *checked.problems]
+    base = path.absolute().parent
+    if checked.value is not None:
+        conflicts = checks.check(checked.value, base, _ranks(checked.value))
+        problems += _located(conflicts, document, checked.suspect)
+        if then is not None and not problems:
+            problems += _located(then(checked.value, base), document, checked.suspect)
+    if problems or checked.value is None:
+        raise UserError(problems=in_order(problems))
+    return resolve(checked.value, base=base, name=path.stem.strip(". ") or "job")
+
+
+def _strategy(job: Job) -> list[str]:
+    strategy = job.strategy
+    parts = [f"DeepSpeed ZeRO-{strategy.zero.stage}" if strategy.engine == "deepspeed" else "torch DDP"]
+    offloaded = [n for n in ("optimizer", "parameters") if getattr(strategy.zero, f"offload_{n}") != "none"]
+    if offloaded:
+        parts.append(f"{' and '.join(offloaded)} offloaded")
+    parts.append(strategy.precision.dtype)
+    parts.append(f"{strategy.optimizer.bits}-bit AdamW")
+    if strategy.activation_checkpointing.mode != "none":
+        parts.append(f"{strategy.activation_checkpointing.mode} checkpointing")
+    if strategy.freeze:
+        parts.append(f"{', '.join(f'`{pattern}`' for pattern in strategy.freeze)} frozen")
+    return parts
+
+
+def _located(
+    conflicts: Iterable[Conflict], document: Document, suspect: Iterable[KeyPath]
+) -> Iterator[Problem]:
+    """Conflicts where their keys stand, less those about a key whose value is not the user's."""
+    for conflict in conflicts:
+        concerned = [parse(key) for key in (conflict.key, *conflict.others)]
+        if any(is_in(key, place) for key in concerned for place in suspect):
+            continue
+        at = next((found for key in concerned if (found := document.anchor(key)) is not None), concerned[0])
+        yield document.problem(at, f"{conflict.key}: {conflict.message}", conflict.hint)
+
+
+def resolve(job: Job, *, base: Path, name: str) -> ResolvedJob:
+    """Write out every default of a job in which :func:`memlaunch.launcher.checks.check` finds nothing.
+
+    Args:
+        base: the folder that paths are relative to.
+        name: what to call a job without a name.
+    """
+    ranks = _ranks(job)
+    batch = batch_of(job, ranks)
+    threads = job.cluster.threads_per_rank or max(1, _cores() // ranks)
+    training, data, model = job.training, job.data, job.model
+    classifies = model.task == "sequence-classification"
+    counts_epochs = training.max_steps is None
+    by_ratio = training.warmup_ratio is not None
+    return ResolvedJob(
+        job=_with(
+            job,
+            json_schema=None,  # a path relative to the job file
+            name=job.name or name,
+            model=_with(
+                model,
+                path=_model_path(model.path, base),
+                tokenizer=_model_path(model.tokenizer, base),
+            ),
+            data=_with(
+                data,
+                train=_data_path(data.train, base),
+                eval=data.eval and _data_path(data.eval, base),
+                label=(data.label or "label") if classifies else None,
+                max_length=data.max_length or _tokenizer_limit(job, base),
+                batching=_with(data.batching, bucket_size=_bucket_size(job, batch, ranks)),
+            ),
+            training=_with(
+                training,
+                global_batch_size=batch.global_batch_size,
+                micro_batch_size=batch.micro_batch_size,
+                gradient_accumulation_steps=batch.gradient_accumulation_steps,
+                epochs=(training.epochs or 1) if counts_epochs else None,
+                warmup_steps=None if by_ratio else training.warmup_steps or 0,
+                eval_micro_batch_size=training.eval_micro_batch_size or 2 * batch.micro_batch_size,
+            ),
+            cluster=_with(job.cluster, gpus_per_node=ranks, threads_per_rank=threads),
+            output=_with(job.output, dir=_absolute(job.output.dir, base)),
+        ),
+        batch=batch,
+        world_size=ranks,
+        threads_per_rank=threads,
+    )
+
+
+def _ranks(job: Job) -> int:
+    """Ranks of the run: as many as asked for, else one for each GPU of this machine, else 1."""
+    if job.cluster.gpus_per_node is not None:
+        return job.cluster.gpus_per_node
+    return 1 if job.cluster.device == "cpu" else max(1, gpus())
+
+
+def gpus() -> int:
+    """NVIDIA GPUs of this machine that CUDA_VISIBLE_DEVICES leaves."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        count = int(pynvml.nvmlDeviceGetCount())
+        pynvml.nvmlShutdown()
+    except pynvml.NVMLError:
+        return 0
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return count
+    names = [name.strip() for name in visible.split(",")]
+    shown = next((i for i, name in enumerate(names) if name in ("", "-1")), len(names))
+    return min(count, shown)
+
+
+def _bucket_size(job: Job, batch: Batch, ranks: int) -> int | None:
+    """Written out at the first launch, so that the order of samples outlives a change of the ranks."""
+    if job.data.batching.mode != "bucketed":
+        return None
+    return job.data.batching.bucket_size or ranks * batch.micro_batch_size
+
+
+def _cores() -> int:
+    """Physical cores that this process may use."""
+    import psutil
+
+    return min(len(os.sched_getaffinity(0)), psutil.cpu_count(logical=False) or 1)
+
+
+def _tokenizer_limit(job: Job, base: Path) -> int | None:
+    """The longest sample that tokenizer and model take, where a tokenizer on this machine says so."""
+    folder = model_files.locate(job.model.tokenizer or job.model.path or "", base)
+    limit = model_files.max_length(folder) if folder is not None else None
+    positions = checks.positions(job, base)
+    return min(limit, positions) if limit is not None and positions is not None else limit
+
+
+def _model_path(path: str | None, base: Path) -> str | None:
+    if path is None or path.startswith(model_files.PACKAGE):
+        return path
+    return path if model_files.locate(path, base) is None else _absolute(path, base)
+
+
+def _data_path(path: str, base: Path) -> str:
+    return path if data_files.locate(path, base) is None else _absolute(path, base)
+
+
+def _absolute(path: str, base: Path) -> str:
+    # Not Path.resolve(): a link stays a link. Not Path.absolute(): `..` should not stay.
+    return os.path.abspath(base / Path(path).expanduser())  # noqa: PTH100
+
+
+def _with(section: Section, **values: Any) -> Section:
+    return section.model_copy(update=values)
