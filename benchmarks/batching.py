@@ -27,6 +27,7 @@ from memlaunch.strategies.bucketing import BatchFigures, BucketedSampler, length
 MICRO_BATCH = 16
 #: Micro-steps an epoch, and the samples beyond the last full one.
 MICRO_STEPS, REMAINDER = 808, 777
+REBALANCE_STEPS = 24
 REVIEWS = Path(__file__).parents[1] / "examples" / "reviews"
 
 Ints = npt.NDArray[np.int64]
@@ -49,19 +50,23 @@ class Epoch(NamedTuple):
     """Which micro-batch each sample is in.
 
     ``micro_batch`` has shape (samples,): micro-step x ranks + rank, or -1 for a sample left out. ``step`` has
-    shape (micro-steps,): the optimizer step.
+    shape (micro-steps,): the optimizer step. ``whole`` is false where only the first steps were made.
     """
 
     micro_batch: Ints
     step: Ints
+    whole: bool = True
 
 
 # --- The ways to batch: (cell, epoch number) -> Epoch ---------------------------------------------------
 
 
-def ours(**options: Any) -> Callable[[Cell, int], Epoch]:
+def ours(**options: Callable[[Cell], Any]) -> Callable[[Cell, int], Epoch]:
+    """Our sampler; ``options`` are those of the sampler, given the cell."""
+
     def batches(cell: Cell, epoch: int) -> Epoch:
-        chosen = {"micro_batch_size": MICRO_BATCH, **{k: v(cell) for k, v in options.items()}}
+        chosen: dict[str, Any] = {"micro_batch_size": MICRO_BATCH}
+        chosen |= {name: option(cell) for name, option in options.items()}
         sampler = BucketedSampler(
             cell.lengths,
             global_batch_size=cell.global_batch_size,
@@ -86,7 +91,7 @@ def ours(**options: Any) -> Callable[[Cell, int], Epoch]:
 
 
 def in_order(order: Ints, cell: Cell) -> Epoch:
-    """Batches of ``MICRO_BATCH`` cut from ``order`` and dealt to the ranks in turn; what is left falls off."""
+    """Batches of ``MICRO_BATCH`` cut from ``order``, dealt to the ranks in turn; what is left falls off."""
     tile = cell.world_size * MICRO_BATCH
     used = len(order) // tile * tile
     micro_batch = np.full(len(cell.lengths), -1)
@@ -104,7 +109,7 @@ def sorted_then_shuffled(cell: Cell, epoch: int) -> Epoch:
 
 
 def length_grouped(times_world_size: bool) -> Callable[[Cell, int], Epoch]:
-    """Hugging Face ``LengthGroupedSampler``, mega-batches of 50 x what a rank, or all ranks, take in a step."""
+    """Hugging Face ``LengthGroupedSampler``; a mega-batch is 50 steps of one rank, or of all."""
 
     def batches(cell: Cell, epoch: int) -> Epoch:
         import torch
@@ -119,7 +124,10 @@ def length_grouped(times_world_size: bool) -> Callable[[Cell, int], Epoch]:
 
 
 def batch_rebalance(cell: Cell, epoch: int) -> Epoch:
-    """Hugging Face ``BatchRebalanceSampler``. Its assignment is made once, not once a rank."""
+    """Hugging Face ``BatchRebalanceSampler``; its assignment is made once, not once a rank.
+
+    Its steps are alike, and take seconds each with many ranks: there, some stand for all.
+    """
     import torch
     from transformers.trainer_pt_utils import BatchRebalanceSampler
 
@@ -128,12 +136,14 @@ def batch_rebalance(cell: Cell, epoch: int) -> Epoch:
     )
     order = torch.randperm(len(cell.lengths), generator=torch.Generator().manual_seed(42 + epoch)).tolist()
     micro_batch = np.full(len(cell.lengths), -1)
-    for k in range(sampler.num_global_batches):
+    steps = min(sampler.num_global_batches, REBALANCE_STEPS if cell.world_size > 8 else 10**9)
+    for k in range(steps):
         samples = order[k * cell.global_batch_size : (k + 1) * cell.global_batch_size]
         for rank, parts in enumerate(sampler._assign(samples, cell.lengths[samples].tolist())):
             for slot, part in enumerate(parts):
                 micro_batch[part] = (k * cell.accumulation + slot) * cell.world_size + rank
-    return Epoch(micro_batch, np.repeat(np.arange(sampler.num_global_batches), cell.accumulation))
+    step = np.repeat(np.arange(steps), cell.accumulation)
+    return Epoch(micro_batch, step, whole=steps == sampler.num_global_batches)
 
 
 def token_budget(cell: Cell) -> int:
@@ -183,7 +193,7 @@ def meeting_again(one: Epoch, other: Epoch) -> float:
 
 @dataclass(frozen=True)
 class Bar:
-    """A figure and the most (or, below zero in sign, the least) it may be."""
+    """A figure, and the most it may be (or the least)."""
 
     what: str
     value: float
@@ -266,7 +276,9 @@ def table(worlds: list[int], reviews: Path) -> bool:
             start = time.perf_counter()
             epoch = batches(cell, 1)
             seconds = time.perf_counter() - start
-            cost, again = figures(cell, epoch), meeting_again(epoch, batches(cell, 2))
+            cost = figures(cell, epoch)
+            again = meeting_again(epoch, batches(cell, 2)) if epoch.whole else float("nan")
+            left_out = int((epoch.micro_batch < 0).sum()) if epoch.whole else "-"
             word = ""
             if name in HELD_TO_THE_BARS and cell.name != "reviews":
                 held = list(bars(cell, cost, again))
@@ -278,7 +290,7 @@ def table(worlds: list[int], reviews: Path) -> bool:
                 f"{cell.world_size:5d} {cell.accumulation:3d}  {name:26}{100 * cost.padding:8.2f}"
                 f"{100 * cost.idle_mean:8.2f}{100 * cost.idle_p99:8.2f}{100 * cost.efficiency:8.2f}"
                 f"{cost.micro_steps:8d}{cost.mean_length_sd:7.1f}{100 * again:7.2f}"
-                f"{int((epoch.micro_batch < 0).sum()):7d}{seconds:8.2f}  {word}",
+                f"{left_out:>7}{seconds:8.2f}  {word}",
                 flush=True,
             )
     return passed

@@ -372,8 +372,7 @@ def check_patterns(job: Job, parameters: model_files.Parameters) -> Iterator[Con
     for key, pattern in (freeze | overrides).items():
         covered = patterns.select(pattern, parameters.names, parameters.prefixes)
         if not covered:
-            message, hint = no_match(pattern, parameters.stored, parameters.prefixes)
-            yield Conflict(key, message, hint, ("model.path",))
+            yield Conflict(key, *_no_match(pattern, parameters), ("model.path",))
         if key in freeze:
             frozen.update(covered)
     if frozen and frozen == set(parameters.names):
@@ -383,6 +382,13 @@ def check_patterns(job: Job, parameters: model_files.Parameters) -> Iterator[Con
             "leave at least one module out of it",
             ("model.path",),
         )
+
+
+def _no_match(pattern: str, parameters: model_files.Parameters) -> tuple[str, str]:
+    message, hint = no_match(pattern, parameters.stored, parameters.prefixes)
+    if close := patterns.nearest(pattern, parameters.names, parameters.prefixes):
+        hint = f"did you mean `{close[0]}`?"
+    return message, hint
 
 
 def _check_cluster(job: Job, base: Path) -> Iterator[Conflict]:

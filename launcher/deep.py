@@ -29,14 +29,17 @@ def check(job: Job, base: Path) -> Iterator[Conflict]:
     weights are not.
     """
     key = "model.path" if job.model.path is not None else "model.architecture"
+    if job.model.architecture is not None and (unknown := _unknown(job.model.architecture)) is not None:
+        yield unknown
+        return
     try:
         model = _build(job, base)
     except (OSError, ValueError, ImportError, TypeError, AttributeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         hint = "check its spelling, and that this machine can reach it"
         if key == "model.architecture":
-            hint = _near_architecture(str(job.model.architecture))
-        yield Conflict(key, f"transformers cannot build it: {reason}", hint)
+            hint = "look at the keys of `model.config`"
+        yield Conflict(key, f"transformers cannot build it: {reason}", hint, ("model.config",))
         return
     names = tuple(name for name, _ in model.named_parameters(remove_duplicate=False))
     yield from check_patterns(job, model_files.Parameters(names, names, base_prefixes(model)))
@@ -63,18 +66,25 @@ def _config(job: Job, base: Path) -> "PretrainedConfig":
     from transformers import AutoConfig
 
     model = job.model
-    if model.path is None:
-        return AutoConfig.for_model(model.architecture, **model.config)
+    config: PretrainedConfig
+    if model.architecture is not None:
+        config = AutoConfig.for_model(model.architecture, **model.config)
+        return config
+    assert model.path is not None, "a job has one of the two"
     source = model_files.locate(model.path, base) or model.path
-    return AutoConfig.from_pretrained(
+    config = AutoConfig.from_pretrained(
         source, revision=model.revision, trust_remote_code=model.trust_remote_code
     )
+    return config
 
 
-def _near_architecture(name: str) -> str:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+def _unknown(architecture: str) -> Conflict | None:
+    """The conflict of an architecture that transformers does not have."""
+    from transformers import CONFIG_MAPPING
 
-    if name in CONFIG_MAPPING_NAMES:
-        return "look at the keys of `model.config`"
-    close = difflib.get_close_matches(name, list(CONFIG_MAPPING_NAMES), n=1)
-    return f"did you mean `{close[0]}`?" if close else "use a model type of transformers, such as `bert`"
+    known = list(CONFIG_MAPPING.keys())
+    if architecture in known:
+        return None
+    close = difflib.get_close_matches(architecture, known, n=1)
+    hint = f"did you mean `{close[0]}`?" if close else "use a model type of transformers, such as `bert`"
+    return Conflict("model.architecture", f"transformers has no architecture `{architecture}`", hint)

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, JsonValue
 
 from memlaunch.strategies import patterns
 from memlaunch.strategies.accumulation import Batch, solve_batch
-from memlaunch.strategies.bucketing import BatchingSettings
+from memlaunch.strategies.batching import BatchingSettings
 from memlaunch.strategies.checkpointing import CheckpointingSettings
 from memlaunch.strategies.optimizer import OptimizerSettings
 from memlaunch.strategies.padding import PaddingSettings

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from memlaunch.launcher import rundir, translate
+from memlaunch.launcher import errors, keys, rundir, source, translate
 from memlaunch.launcher.monitor import Monitor
 
 if TYPE_CHECKING:
@@ -28,13 +28,15 @@ def run(resolved: "ResolvedJob", job_path: Path) -> int:
     folder = rundir.create(Path(resolved.job.output.dir), resolved.job.name)
     folder.job.write_bytes(job_path.read_bytes())
     folder.place(translate.files(resolved))
-    code = follow(["bash", str(folder.command)], folder)
+    code = follow(["bash", str(folder.command)], folder, job_path)
     print(folder.path)
     return code
 
 
-def follow(argv: list[str], folder: rundir.RunDir) -> int:
+def follow(argv: list[str], folder: rundir.RunDir, job_path: Path) -> int:
     """Run ``argv``, which starts the ranks of the run in ``folder``, to its end; the exit code.
+
+    A mistake in the job that only a rank can find is shown where it stands in ``job_path``.
 
     The first SIGINT or SIGTERM asks the ranks to end, the second ends them at once.
     """
@@ -60,7 +62,7 @@ def follow(argv: list[str], folder: rundir.RunDir) -> int:
     failure = monitor.failure
     if process.returncode == 0 and failure is None:
         return 0
-    _explain(folder, failure)
+    print(_explanation(folder, job_path, failure), file=sys.stderr)
     return int(failure["exit_code"]) if failure else EXIT_FAILED
 
 
@@ -103,20 +105,20 @@ class _Interrupts:
                     child.kill()
 
 
-def _explain(folder: rundir.RunDir, failure: dict[str, Any] | None) -> None:
-    """Say on stderr what ended the run: the rank's own words, or the end of the log."""
-    if failure is not None:
-        where = f"{folder.job.name}: " if "key" in failure else f"rank {failure['rank']}: "
-        key = f"{failure['key']}: " if "key" in failure else ""
-        print(f"{where}error: {key}{failure['message']}", file=sys.stderr)
-        print(f"hint: {failure['hint']}", file=sys.stderr)
-        print(f"log: {folder.rank_log(failure['rank'])}", file=sys.stderr)
-        return
-    log = next(
-        (log for log in (folder.rank_log(0), folder.launcher_log) if log.exists()), folder.launcher_log
-    )
-    print("error: the ranks ended without saying why", file=sys.stderr)
-    for path in dict.fromkeys((log, folder.launcher_log)):
-        print(f"the last lines of {path}:", file=sys.stderr)
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL:]:
-            print(f"  {line}", file=sys.stderr)
+def _explanation(folder: rundir.RunDir, job_path: Path, failure: dict[str, Any] | None) -> str:
+    """What ended the run: the words of the first rank that failed, or the ends of the logs."""
+    if failure is None:
+        tails = [_tail(log) for log in (folder.rank_log(0), folder.launcher_log) if log.exists()]
+        return "\n".join(["error: the ranks ended without saying why", *tails])
+    log = f"log: {folder.rank_log(failure['rank'])}"
+    if "key" not in failure:
+        return f"rank {failure['rank']}: error: {failure['message']}\nhint: {failure['hint']}\n{log}"
+    document, key = source.read(job_path), keys.parse(failure["key"])
+    at = document.anchor(key) or key
+    problem = document.problem(at, f"{failure['key']}: {failure['message']}", failure["hint"])
+    return f"{errors.render(problem, errors.wants_colour())}\n{log}"
+
+
+def _tail(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL:]
+    return "\n".join([f"the last lines of {log}:", *(f"  {line}" for line in lines)])

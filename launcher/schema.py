@@ -219,9 +219,9 @@ def _wrong(
     if errors[0]["type"] == "extra_forbidden":
         hint, meant = _nearest_key(model, path)
         return document.problem(path, f"{dotted(path)} is not a known key", hint, at_key=True), meant
-    message, hint = _explain(model, path, errors)
+    message, advice = _explain(model, path, errors)
     at_key = any("[key]" in error["loc"] for error in errors)
-    return document.problem(path, message, hint, at_key=at_key), set()
+    return document.problem(path, message, advice, at_key=at_key), set()
 
 
 def _nearest_key(model: type[Settings], path: KeyPath) -> tuple[str, set[KeyPath]]:
@@ -272,8 +272,8 @@ def _explain(model: type[Settings], path: KeyPath, errors: list[ErrorDetails]) -
             return f"{key} must be {words} {limit:g}, not {_show(given)}", _hint_for_limit(model, path)
         if error["type"] in ("too_short", "too_long"):
             ctx = error["ctx"]
-            wanted = ctx.get("min_length", ctx.get("max_length"))
-            return f"{key} must have {wanted} items, not {ctx['actual_length']}", None
+            length = ctx.get("min_length", ctx.get("max_length"))
+            return f"{key} must have {length} items, not {ctx['actual_length']}", None
         if error["type"] == "string_too_short":
             return f"{key} must not be empty", "leave it out for its default" if _optional(
                 model, path
@@ -284,8 +284,7 @@ def _explain(model: type[Settings], path: KeyPath, errors: list[ErrorDetails]) -
         choices += get_args(_fields(section)[section.SHORTHAND].annotation)
     if not choices and not wanted:
         return f"{key}: {errors[0]['msg']}", None
-    words = [*(f"`{choice}`" for choice in choices), *wanted]
-    text = _either(words)
+    text = _either([*(f"`{choice}`" for choice in choices), *wanted])
     # The value itself where one of its kind would do, else its kind.
     same_kind = isinstance(given, str) and any(isinstance(choice, str) for choice in choices)
     number = isinstance(given, int | float) and not isinstance(given, bool)
@@ -344,8 +343,8 @@ def _choices(error: ErrorDetails) -> Iterator[str | int]:
 
 
 def _either(words: Sequence[str]) -> str:
-    words = list(dict.fromkeys(words))
-    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + f" or {words[-1]}"
+    *others, last = dict.fromkeys(words)
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def _as_json(text: str) -> Any:

@@ -77,12 +77,13 @@ class Document:
         key = dotted(path) or None
         if (override := self._override(path)) is not None:
             return Problem(source=f"--set {override}", message=message, hint=hint, key=key)
+        inside = path not in self.values
         while path not in self.values:
             path = path[:-1]
-            at_key = at_key or self.text[self.values.get(path, Span(0, 0)).start :][:1] in ("{", "[")
-        span = self.keys.get(path, self.values[path]) if at_key else self.values[path]
-        if not path:
-            span = Span(span.start, span.start + 1)
+        span = self.values[path]
+        container = self.text[span.start] in "{["
+        if at_key or (container and (inside or "\n" in self.text[span.start : span.end])):
+            span = self.keys.get(path, Span(span.start, span.start + 1))
         return _problem(self.name, self.text, span, message, hint, key)
 
     def _override(self, path: KeyPath) -> str | None:

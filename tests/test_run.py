@@ -135,13 +135,19 @@ def test_a_dry_run_prints_what_would_run_and_makes_nothing(job: dict[str, Any], 
         ({"model.num_labels": 3, "data.train": "bad-label.jsonl"}, 2, ["bad-label.jsonl:4", "out of range"]),
         ({"data.train": "broken.jsonl"}, 2, ["broken.jsonl:3", "not a line of JSON"]),
         ({"training.learning_rate": 1e30}, 5, ["the loss of step", "learning_rate"]),
-        ({"strategy.deepspeed": {"gradient_acumulation": 3}}, 2, ["DeepSpeed does not know `gradient_acumulation`"]),
+        (
+            {"strategy.engine": "deepspeed", "strategy.deepspeed": {"frobnication": 3}},
+            2,
+            ["DeepSpeed does not know `frobnication`"],
+        ),
     ],
     ids=["freeze", "config key", "label", "line", "loss", "deepspeed key"],
 )
 def test_what_only_a_rank_can_find_is_told_like_any_other_mistake(
     job: dict[str, Any], tmp_path: Path, changes: dict[str, Any], code: int, words: list[str]
 ) -> None:
+    job["strategy"] = {}
+    job["cluster"]["gpus_per_node"] = 1
     for key, value in changes.items():
         section, *rest = key.split(".")
         target = job[section] if len(rest) == 1 else job[section][rest[0]]
