@@ -303,8 +303,7 @@ def large(samples: int) -> bool:
     """Build and random access for very many samples; in a process of its own, for its peak of memory."""
     draw = np.random.default_rng(0)
     lengths = np.empty(samples, np.uint16)
-    for start in range(0, samples, 10**7):
-        part = lengths[start : start + 10**7]
+    for part in np.array_split(lengths, max(1, samples // 10**7)):
         part[:] = draw.lognormal(np.log(200) - 0.32, 0.8, len(part)).round().clip(8, 512)
     start = time.perf_counter()
     order = length_order(lengths)

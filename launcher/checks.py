@@ -1,6 +1,5 @@
 """The checks of a job that need more than one key, a file, or a feature that is not there yet."""
 
-import difflib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from memlaunch.launcher import data_files, model_files
 from memlaunch.launcher.errors import BadPath
 from memlaunch.launcher.job import Job, batch_of, setup_of
-from memlaunch.launcher.keys import KeyPath, dotted
+from memlaunch.launcher.keys import KeyPath, closest, dotted
 from memlaunch.launcher.source import kind_of
 from memlaunch.strategies import TECHNIQUES, patterns
 from memlaunch.strategies.accumulation import Batch, BatchError
@@ -87,7 +86,12 @@ def check(job: Job, base: Path, ranks: int) -> Iterator[Conflict]:
 def _check_model(job: Job, base: Path) -> Iterator[Conflict]:
     model = job.model
     if model.path is None and model.architecture is None:
-        yield Conflict("model", "there is neither a `path` nor an `architecture`", 'add `"path"`')
+        yield Conflict(
+            "model",
+            "there is neither a `path` nor an `architecture`",
+            'add `"path"`',
+            ("model.path", "model.architecture"),
+        )
     if model.path is not None and model.architecture is not None:
         yield Conflict(
             "model.architecture",
@@ -122,9 +126,10 @@ def _check_model(job: Job, base: Path) -> Iterator[Conflict]:
                 ("model.path",),
             )
         if folder is not None:
-            yield from _check_folder("model.path", model.path, folder, model_files.check_model)
-            if model.tokenizer is None:
-                yield from _check_folder("model.path", model.path, folder, model_files.check_tokenizer)
+            wrong = list(_check_folder("model.path", model.path, folder, model_files.check_model))
+            if not wrong and model.tokenizer is None:
+                wrong += _check_folder("model.path", model.path, folder, model_files.check_tokenizer)
+            yield from wrong
     if model.tokenizer is not None:
         try:
             folder = model_files.locate(model.tokenizer, base)
@@ -212,7 +217,7 @@ def _check_columns(job: Job, source_key: str, path: str, record: Mapping[str, An
     label = job.data.label or "label"
     if label not in record:
         conflict = _no_column("data.label", label, source_key, path, record)
-        if "task" not in job.model.model_fields_set:
+        if source_key == "data.train" and "task" not in job.model.model_fields_set:
             hint = f'{conflict.hint}; to train a language model, set `"task": "causal-lm"`'
             conflict = Conflict(conflict.key, conflict.message, hint, conflict.others)
         yield conflict
@@ -241,8 +246,8 @@ def _kind(value: Any) -> str:
 
 
 def _no_column(key: str, column: str, source_key: str, path: str, record: Mapping[str, Any]) -> Conflict:
-    close = difflib.get_close_matches(column, list(record), n=1)
-    hint = f"did you mean `{close[0]}`?" if close else _columns(record)
+    close = closest(column, record)
+    hint = f"did you mean `{close}`?" if close else _columns(record)
     return Conflict(key, f"`{path}` has no column `{column}`", hint, (source_key,))
 
 
@@ -295,7 +300,7 @@ def _check_training(job: Job, ranks: int) -> Iterator[Conflict]:
     if training.max_steps is not None and (training.warmup_steps or 0) > training.max_steps:
         yield Conflict(
             "training.warmup_steps",
-            f"a warm-up of {training.warmup_steps} steps does not end in {training.max_steps} `max_steps`",
+            f"a warm-up of {training.warmup_steps} steps is longer than `max_steps`, {training.max_steps}",
             "use fewer",
             ("training.max_steps",),
         )
@@ -340,22 +345,20 @@ def _check_raw(raw: Mapping[str, Any]) -> Iterator[Conflict]:
         if (ours := _OWN_DEEPSPEED.get(".".join(map(str, path)))) is not None:
             yield Conflict(key, f"`{ours}` stands for it", "use that, and remove this")
         elif len(path) == 1 and path[0] not in known:
-            close = difflib.get_close_matches(str(path[0]), known, n=1, cutoff=0.8)
-            if close:
-                hint = f"did you mean `{close[0]}`?"
+            if close := closest(str(path[0]), known, 0.8):
+                hint = f"did you mean `{close}`?"
                 yield Conflict(key, "DeepSpeed has no such key, and would pass over it without a word", hint)
 
 
 def _check_patterns(job: Job, base: Path) -> Iterator[Conflict]:
     """Freeze and override patterns that match nothing, where the names can be known without torch."""
-    if job.model.path is None or job.model.architecture is not None:
+    folder = _model_folder(job, base)
+    if folder is None or job.model.architecture is not None:
         return
     try:
-        folder = model_files.locate(job.model.path, base)
-        parameters = model_files.parameters(folder) if folder is not None else None
+        parameters = model_files.parameters(folder)
     except BadPath as error:
-        if folder is not None:
-            yield Conflict("model.path", f"`{job.model.path}` {error}", error.hint)
+        yield Conflict("model.path", f"`{job.model.path}` {error}", error.hint)
         return
     if parameters is not None:
         yield from check_patterns(job, parameters)
@@ -386,9 +389,21 @@ def check_patterns(job: Job, parameters: model_files.Parameters) -> Iterator[Con
 
 def _no_match(pattern: str, parameters: model_files.Parameters) -> tuple[str, str]:
     message, hint = no_match(pattern, parameters.stored, parameters.prefixes)
-    if close := patterns.nearest(pattern, parameters.names, parameters.prefixes):
+    head = pattern.rpartition("[")[0] if pattern.endswith("]") else ""
+    count = sum(1 for _ in _items(head, parameters)) if head else 0
+    if count:
+        hint = f"`{head}` has {count} items, [0] to [{count - 1}]"
+    elif close := patterns.nearest(pattern, parameters.names, parameters.prefixes):
         hint = f"did you mean `{close[0]}`?"
     return message, hint
+
+
+def _items(pattern: str, parameters: model_files.Parameters) -> Iterator[int]:
+    """The indices of the list of modules that ``pattern`` is."""
+    index = 0
+    while patterns.select(f"{pattern}[{index}]", parameters.names, parameters.prefixes):
+        yield index
+        index += 1
 
 
 def _check_cluster(job: Job, base: Path) -> Iterator[Conflict]:
@@ -408,16 +423,23 @@ def _check_cluster(job: Job, base: Path) -> Iterator[Conflict]:
     for path in (folder, *folder.parents):
         if path.exists():
             if not path.is_dir():
-                yield Conflict("output.dir", f"`{job.output.dir}` is or lies below a file", "name a folder")
+                what = "is a file" if path == folder else f"lies below the file `{path.name}`"
+                yield Conflict("output.dir", f"`{job.output.dir}` {what}", "name a folder")
             break
 
 
 def positions(job: Job, base: Path) -> int | None:
-    """Positions of a model on this machine."""
-    if job.model.path is None:
-        return None
+    """How many positions the model has, where it is on this machine and says so."""
+    folder = _model_folder(job, base)
     try:
-        folder = model_files.locate(job.model.path, base)
         return model_files.positions(folder) if folder is not None else None
+    except BadPath:
+        return None
+
+
+def _model_folder(job: Job, base: Path) -> Path | None:
+    """The folder of ``model.path``; None where it has none, or a wrong one, which is told elsewhere."""
+    try:
+        return model_files.locate(job.model.path, base) if job.model.path is not None else None
     except BadPath:
         return None

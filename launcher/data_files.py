@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from memlaunch.launcher.errors import BadPath
+from memlaunch.launcher.keys import closest
 
 _HUB_SPLIT = re.compile(r"[\w.-]+(/[\w.-]+)?:[\w.+-]+(\[[^\]]*\])?")
 
@@ -26,7 +27,7 @@ def locate(path: str, base: Path = Path()) -> Path | None:
             return file
         if file.is_dir():
             raise BadPath(f"`{path}` is a folder", "give a file, or a folder saved by `datasets`")
-        raise BadPath(f"there is no file `{path}`", _files_near(file))
+        raise BadPath(f"there is no file `{path}`", _files_near(path, file))
     if file.is_dir():
         return file
     if file.exists():
@@ -96,8 +97,8 @@ def _parquet(file: Path) -> Record:
 
     try:
         batch = next(pq.ParquetFile(file).iter_batches(batch_size=1), None)
-    except (pa.ArrowException, ValueError) as error:
-        raise BadPath(f"is not a parquet file: {error}", "write it again") from None
+    except (pa.ArrowException, ValueError):
+        raise BadPath("is not a parquet file", "write it again") from None
     if batch is None or not batch.num_rows:
         raise BadPath("is empty", "give a file with at least one record")
     record: Record = batch.to_pylist()[0]
@@ -108,7 +109,7 @@ def _saved_folder(folder: Path) -> Record:
     if (folder / "dataset_dict.json").is_file():
         splits = sorted(path.parent.name for path in folder.glob("*/state.json"))
         names = ", ".join(f"`{name}`" for name in splits)
-        raise BadPath(f"holds several splits: {names}", f"name one, such as `{folder.name}/{splits[0]}`")
+        raise BadPath(f"holds several splits: {names}", f"name the folder of one of them")
     try:
         features = json.loads((folder / "dataset_info.json").read_bytes())["features"]
         state = json.loads((folder / "state.json").read_bytes())
@@ -132,14 +133,12 @@ def _example(feature: Any) -> Any:
     return {"bool": False, "float32": 0.0, "float64": 0.0}.get(kind)
 
 
-def _files_near(file: Path) -> str:
-    import difflib
-
+def _files_near(path: str, file: Path) -> str:
     if not file.parent.is_dir():
         return f"there is no folder `{file.parent.name}` either; paths are relative to the job file"
-    names = sorted(path.name for path in file.parent.iterdir() if path.suffix.lower() in _READERS)
-    if close := difflib.get_close_matches(file.name, names, n=1):
-        return f"did you mean `{close[0]}`?"
+    names = sorted(other.name for other in file.parent.iterdir() if other.suffix.lower() in _READERS)
+    if close := closest(file.name, names):
+        return f"did you mean `{Path(path).with_name(close)}`?"
     return "paths are relative to the job file"
 
 

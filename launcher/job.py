@@ -25,13 +25,18 @@ PositiveInt = Annotated[int, Field(ge=1)]
 
 
 def _pattern(value: str) -> str:
-    patterns.check_syntax(value)
+    try:
+        patterns.check_syntax(value)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; write it such as `encoder.layer[:2]`, `encoder.layer[0,-1]` or `*.attention.*`"
+        ) from None
     return value
 
 
 def _variable(value: str) -> str:
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value, re.ASCII):
-        raise ValueError("is not a name for an environment variable")
+        raise ValueError("is not a name for a variable; use letters, digits and `_`, and no digit first")
     return value
 
 

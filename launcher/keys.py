@@ -1,7 +1,9 @@
 """Keys of a job file: ``strategy.freeze[0]`` as text, ``("strategy", "freeze", 0)`` as a path."""
 
+import difflib
 import json
 import re
+from collections.abc import Iterable
 
 KeyPath = tuple[str | int, ...]
 
@@ -47,3 +49,14 @@ def dotted(path: KeyPath) -> str:
 def is_in(path: KeyPath, section: KeyPath) -> bool:
     """Whether ``path`` is ``section`` or lies inside it."""
     return path[: len(section)] == section
+
+
+def closest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The name in ``known`` that ``word`` was probably meant to be; case, ``_`` and ``-`` count for nothing."""
+    plain = {_plain(name): name for name in known}
+    close = difflib.get_close_matches(_plain(word), list(plain), n=1, cutoff=cutoff)
+    return plain[close[0]] if close else None
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[-_ ]", "", name).lower()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from memlaunch.launcher.errors import BadPath
+from memlaunch.launcher.keys import closest
 
 PACKAGE = "package:"
 
@@ -77,9 +78,7 @@ def locate(path: str, base: Path = Path()) -> Path | None:
         raise BadPath(f"`{path}` is a file, not a folder", "give the folder that holds `config.json`")
     beside = "/" in path and (base / path.split("/", 1)[0]).is_dir()
     if path.startswith((".", "/", "~")) or beside or not _HUB_ID.fullmatch(path):
-        raise BadPath(
-            f"there is no folder `{path}`", "give a folder, a Hugging Face id, or `package:NAME/FOLDER`"
-        )
+        raise BadPath(f"there is no folder `{path}`", _folders_near(path, folder))
     return None
 
 
@@ -188,6 +187,13 @@ def _in_package(path: str) -> Path:
     holds = sorted({p.parent.relative_to(r).as_posix() for r in roots for p in r.glob("**/config.json")})
     some = f"it holds {', '.join(f'`{name}`' for name in holds[:3])}" if holds else "it holds no model"
     raise BadPath(f"the package `{package}` has no folder `{folder}`", some)
+
+
+def _folders_near(path: str, folder: Path) -> str:
+    others = [other.name for other in folder.parent.iterdir()] if folder.parent.is_dir() else []
+    if close := closest(folder.name, others):
+        return f"did you mean `{Path(path).with_name(close)}`?"
+    return "give a folder, a Hugging Face id, or `package:NAME/FOLDER`"
 
 
 def _models_below(folder: Path) -> str:

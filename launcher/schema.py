@@ -5,7 +5,6 @@ that comes out lets the checks of ``resolve.py`` run too, except where they woul
 """
 
 import copy
-import difflib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from memlaunch.launcher.errors import Problem
-from memlaunch.launcher.keys import KeyPath, dotted
+from memlaunch.launcher.keys import KeyPath, closest, dotted
 from memlaunch.launcher.source import Document, kind_of
 from memlaunch.strategies.settings import Settings
 
@@ -69,6 +68,16 @@ _FOREIGN = {
     "train_micro_batch_size_per_gpu": "training.micro_batch_size",
     "zero_optimization": "strategy.zero",
 }
+#: What other tools call a choice of ours.
+_FOREIGN_VALUES = {
+    "16-mixed": "fp16",
+    "bf16-mixed": "bf16",
+    "bfloat16": "bf16",
+    "float16": "fp16",
+    "float32": "fp32",
+    "gpu": "cuda",
+    "half": "fp16",
+}
 
 
 @dataclass(frozen=True)
@@ -99,7 +108,8 @@ def check(document: Document, model: type[Model]) -> Checked[Model]:
         except ValidationError as error:
             groups = _by_place(error.errors(include_url=False), value)
         before = copy.deepcopy(value)
-        for path, errors in groups.items():
+        # A key that is missing may be there misspelt: unknown ones first.
+        for path, errors in sorted(groups.items(), key=lambda group: group[1][0]["type"] == "missing"):
             if errors[0]["type"] == "missing":
                 if path not in suspect:
                     problems.append(_missing(document, model, path))
@@ -186,7 +196,7 @@ def _remove(value: Any, path: KeyPath) -> None:
     """Take ``path`` out; a list goes as a whole where an item does not fit, so that no other item moves."""
     names = next((path[:depth] for depth, part in enumerate(path) if isinstance(part, int)), path)
     for part in names[:-1]:
-        value = value[part]
+        value = value.get(part, {})
     value.pop(names[-1], None)
 
 
@@ -206,7 +216,8 @@ def _missing(document: Document, model: type[Settings], path: KeyPath) -> Proble
     section = _section_at(model, path[:-1])
     assert section is not None
     field = _fields(section)[str(path[-1])]
-    hint = field.description or ""
+    about = (field.description or "").rstrip(".")
+    hint = about[:1].lower() + about[1:]
     if field.examples:
         hint = f"add `{_show(path[-1])}: {_show(field.examples[0])}`, for example"
     return document.problem(path, f"{dotted(path)} is missing", hint, at_key=True)
@@ -230,7 +241,7 @@ def _nearest_key(model: type[Settings], path: KeyPath) -> tuple[str, set[KeyPath
     section = _section_at(model, here)
     siblings = list(_fields(section)) if section is not None else []
     elsewhere = [(*at, key) for at, other in sections(model).items() if at != here and key in _fields(other)]
-    if close := _closest(key, siblings, 0.8):
+    if close := closest(key, siblings, 0.8):
         return f"did you mean `{close}`?", {(*here, close)}
     if 0 < len(elsewhere) <= 2:
         homes = " or ".join(f"`{dotted(at[:-1])}`" if at[:-1] else "the top level" for at in elsewhere)
@@ -239,20 +250,14 @@ def _nearest_key(model: type[Settings], path: KeyPath) -> tuple[str, set[KeyPath
         )
     if (ours := _FOREIGN.get(key.lower())) is not None:
         return f"memlaunch calls it `{ours}`", {tuple(ours.split("."))}
-    if close := _closest(key, siblings, 0.6):
+    if close := closest(key, siblings):
         return f"did you mean `{close}`?", {(*here, close)}
     everywhere = {name: (*at, name) for at, other in sections(model).items() for name in _fields(other)}
-    if close := _closest(key, list(everywhere), 0.8):
+    if close := closest(key, list(everywhere), 0.8):
         return f"did you mean `{dotted(everywhere[close])}`?", {everywhere[close]}
     of = f"`{dotted(here)}`" if here else "a job"
     names = ", ".join(f"`{name}`" for name in siblings if not name.startswith("$"))
     return f"the keys of {of} are {names}", set()
-
-
-def _closest(word: str, known: Sequence[str], cutoff: float) -> str | None:
-    plain = {re.sub(r"[-_ ]", "", name).lower(): name for name in known}
-    close = difflib.get_close_matches(re.sub(r"[-_ ]", "", word).lower(), list(plain), n=1, cutoff=cutoff)
-    return plain[close[0]] if close else None
 
 
 def _explain(model: type[Settings], path: KeyPath, errors: list[ErrorDetails]) -> tuple[str, str | None]:
@@ -268,23 +273,24 @@ def _explain(model: type[Settings], path: KeyPath, errors: list[ErrorDetails]) -
     for error in errors:
         if error["type"] in _LIMITS:
             words, name = _LIMITS[error["type"]]
-            limit = error["ctx"][name]
-            return f"{key} must be {words} {limit:g}, not {_show(given)}", _hint_for_limit(model, path)
+            limit = f"{error['ctx'][name]:.15g}"
+            hint = "write null for none" if path[-1] == "max_grad_norm" else None
+            return f"{key} must be {words} {limit}, not {_show(given)}", hint
         if error["type"] in ("too_short", "too_long"):
             ctx = error["ctx"]
             length = ctx.get("min_length", ctx.get("max_length"))
-            return f"{key} must have {length} items, not {ctx['actual_length']}", None
+            hint = "for one, write it without the list" if "string_type" in kinds else None
+            return f"{key} must have {length} items, not {ctx['actual_length']}", hint
         if error["type"] == "string_too_short":
-            return f"{key} must not be empty", "leave it out for its default" if _optional(
-                model, path
-            ) else None
+            return f"{key} must not be empty", None
     choices = [choice for error in errors if error["type"] == "literal_error" for choice in _choices(error)]
     wanted = [_KINDS[kind] for kind in dict.fromkeys(e["type"] for e in errors) if kind in _KINDS]
     if "model_type" in kinds and (section := _section_at(model, path)) is not None and section.SHORTHAND:
         choices += get_args(_fields(section)[section.SHORTHAND].annotation)
     if not choices and not wanted:
         return f"{key}: {errors[0]['msg']}", None
-    text = _either([*(f"`{choice}`" for choice in choices), *wanted])
+    whole = [kind for kind in wanted if kind in ("a list", "an object")]
+    text = _either([*(kind for kind in wanted if kind not in whole), *map(_show, choices), *whole])
     # The value itself where one of its kind would do, else its kind.
     same_kind = isinstance(given, str) and any(isinstance(choice, str) for choice in choices)
     number = isinstance(given, int | float) and not isinstance(given, bool)
@@ -301,7 +307,7 @@ def _hint_for_type(
     if given is None:
         return "leave it out for its default"
     if isinstance(given, bool):
-        if numeric:
+        if numeric and "float_type" not in kinds:
             return f"write {int(given)}, if that is what it means"
         if "string_type" in kinds:
             return f'write "{_show(given)}", with quotes'
@@ -314,8 +320,8 @@ def _hint_for_type(
             return f"write {given.lower()} without quotes"
         elif "list_type" in kinds:
             return f"write [{_show(given)}]"
-        elif close := _closest(given, [str(choice) for choice in choices], 0.6):
-            return f"did you mean `{close}`?"
+        elif close := _FOREIGN_VALUES.get(given) or closest(given, map(str, choices)):
+            return f"did you mean `{close}`?" if close in choices else None
     elif isinstance(given, int | float):
         if "int_type" in kinds and float(given).is_integer():
             return f"write {int(given)}"
@@ -324,16 +330,6 @@ def _hint_for_type(
         if "string_type" in kinds:
             return f'write "{_show(given)}", with quotes'
     return None
-
-
-def _hint_for_limit(model: type[Settings], path: KeyPath) -> str | None:
-    return "write null for none" if path[-1] == "max_grad_norm" else None
-
-
-def _optional(model: type[Settings], path: KeyPath) -> bool:
-    section = _section_at(model, path[:-1])
-    field = _fields(section).get(str(path[-1])) if section is not None else None
-    return field is not None and not field.is_required()
 
 
 def _choices(error: ErrorDetails) -> Iterator[str | int]:

@@ -154,13 +154,11 @@ def _text_of(path: Path) -> bytes:
 
 
 def _files_near(path: Path) -> str:
-    import difflib
-
     if path.parent.is_dir():
         names = sorted(file.name for file in path.parent.glob("*.json") if file.is_file())
-        close = difflib.get_close_matches(path.name, names, n=1) or names
-        if len(close) == 1:
-            return f"did you mean `{path.parent / close[0]}`?"
+        close = keys.closest(path.name, names) or (names[0] if len(names) == 1 else None)
+        if close is not None:
+            return f"did you mean `{path.with_name(close)}`?"
     return "`memlaunch init` writes a first job file"
 
 
@@ -237,6 +235,7 @@ class _Scanner:
         self._text = text
         self._at = 0
         self._told: set[str] = set()
+        self._crooked: int | None = None
 
     def whole(self) -> dict[str, Any]:
         """The object that the text is."""
@@ -257,7 +256,11 @@ class _Scanner:
         value = self._value(())
         self._skip()
         if self._at < len(self._text):
-            self._stop(Span(self._at, self._at + 1), "there is text behind the end", "remove it")
+            self._stop(
+                Span(self._at, self._at + 1),
+                "there is text behind the end",
+                "remove it, or the bracket that ends the job too early",
+            )
         return value
 
     def _value(self, path: KeyPath) -> Any:
@@ -268,7 +271,10 @@ class _Scanner:
         elif character == "[":
             value = self._array(path)
         elif character == '"':
+            told = len(self.problems)
             value = self._string()
+            if len(self.problems) > told:
+                self.unusable.add(path)
         elif quoted := _QUOTED.match(self._text, self._at):
             value = self._quoted(quoted)
         else:
@@ -303,7 +309,9 @@ class _Scanner:
 
     def _open(self, path: KeyPath) -> int:
         if len(path) >= MAX_DEPTH:
-            self._stop(Span(self._at, self._at + 1), f"nested more than {MAX_DEPTH} deep")
+            self._stop(
+                Span(self._at, self._at + 1), f"nested more than {MAX_DEPTH} deep", "no job needs that"
+            )
         opened = self._at
         self._at += 1
         self._skip()
@@ -320,9 +328,24 @@ class _Scanner:
         if self._peek() in "]}":
             if self._peek() != bracket:
                 self._wrong_bracket(bracket, opened)
+            self._notice(opened)
             self._at += 1
             return True
         return False
+
+    def _notice(self, opened: int) -> None:
+        """Remember the first bracket whose line is indented otherwise than that of its closing one."""
+        here, there = self._indent(self._at), self._indent(opened)
+        alone = self._text[self._at - here : self._at].isspace() or not here
+        if self._crooked is None and alone and here != there and "\n" in self._text[opened : self._at]:
+            self._crooked = opened
+
+    def _indent(self, at: int) -> int:
+        """White space at the start of the line."""
+        start = self._text.rfind("\n", 0, at) + 1
+        blank = _SPACE.match(self._text, start)
+        assert blank is not None
+        return min(blank.end(), at) - start
 
     def _separator(self, bracket: str, opened: int) -> None:
         """Go from behind a value to the next one, or to the closing bracket."""
@@ -357,7 +380,12 @@ class _Scanner:
         if word is None:
             self._unexpected("a key in double quotes")
         self._at = word.end()
-        self._once("bare key", Span(*word.span()), "a key stands in double quotes", f'write `"{word[0]}"`')
+        self._once(
+            "bare key",
+            Span(*word.span()),
+            "a key stands in double quotes",
+            f'write `"{word[0]}"`, and so every key',
+        )
         return word[0]
 
     def _colon(self, key: Span) -> None:
@@ -449,7 +477,7 @@ class _Scanner:
 
     def _quoted(self, quoted: re.Match[str]) -> str:
         self._at = quoted.end()
-        hint = f"write `{json.dumps(quoted[2], ensure_ascii=False)}`"
+        hint = f"write `{json.dumps(quoted[2], ensure_ascii=False)}`, and so every string"
         self._once("quotes", Span(*quoted.span()), "a string stands in straight double quotes", hint)
         return quoted[2]
 
@@ -498,7 +526,7 @@ class _Scanner:
                 self._peek().isspace() or self._peek() in "\u200b\u200c\u200d\u2060\ufeff"
             ):
                 name = f"the character U+{ord(self._peek()):04X} is not white space in JSON"
-                self._once("space", Span(self._at, self._at + 1), name, "write a plain space")
+                self._once("space", Span(self._at, self._at + 1), name, "write plain spaces")
                 self._at += 1
             else:
                 return
@@ -525,6 +553,10 @@ class _Scanner:
         self._stop(Span(self._at, self._at + 1), f"`{character}` where {wanted} should stand")
 
     def _never_closed(self, opened: int, bracket: str) -> NoReturn:
+        if self._crooked is not None:
+            # Some bracket closes an outer one in its place: by the indentation, this one.
+            opened = self._crooked
+            bracket = {"{": "}", "[": "]"}[self._text[opened]]
         self._stop(
             Span(opened, opened + 1),
             f"this `{self._text[opened]}` is never closed",

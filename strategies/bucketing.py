@@ -327,9 +327,9 @@ class Packing(NamedTuple):
 def pack(lengths: Integers, max_length: int, *, seed: int = 0, epoch: int = 0) -> Packing:
     """Whole samples in blocks of at most ``max_length`` tokens, by best fit, longest samples first.
 
-    All samples of one length are placed at once (Krell et al. 2021, arXiv 2107.02027, section 3.1), so the
-    time is near linear. The blocks are the same for every (seed, epoch) but for which sample of a length
-    fills which place, so their number never changes.
+    All samples of one length are placed at once, as in the histogram packing of Krell et al. 2021 (arXiv
+    2107.02027), so the time is near linear. Only which sample of a length fills which place changes with
+    (seed, epoch): the number of blocks and their lengths do not.
 
     Raises:
         ValueError: a sample that is empty or longer than ``max_length``.
@@ -603,7 +603,7 @@ def _walk(index: Keys, size: Keys, a: Keys, b: Keys, key: Keys) -> Keys:
 
 
 def _hash(value: Keys, key: Keys, turn: int) -> Keys:
-    """32 random bits in the low half (the mixing of splitmix64: Steele et al. 2014, figure 16)."""
+    """32 random bits in the low half: splitmix64 (Steele et al. 2014) without what only mixes that half."""
     bits = value + (key + np.uint64(turn * 0x9E3779B97F4A7C15 % 2**64))
     bits ^= bits >> np.uint64(30)
     bits *= np.uint64(0xBF58476D1CE4E5B9)

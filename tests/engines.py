@@ -117,7 +117,9 @@ def weights(engine: Engine) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in engine.weights()}
 
 
-def distance(weights: Mapping[str, Tensor], others: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> float:
+def distance(
+    weights: Mapping[str, Tensor], others: Mapping[str, Tensor], start: Mapping[str, Tensor]
+) -> float:
     """How far two trainings from ``start`` came out apart, relative to how far the second one went."""
     apart = sum(float((weights[name] - others[name]).square().sum()) for name in start)
     went = sum(float((others[name] - start[name]).square().sum()) for name in start)

@@ -57,9 +57,7 @@ def train(
 def _loss(model: Any, tokenizer: Any, records: list[dict[str, Any]], max_length: int) -> torch.Tensor:
     texts = [record["text"] for record in records]
     if "label" in records[0]:
-        inputs = tokenizer(
-            texts, padding=True, truncation=True, max_length=max_length, return_tensors="pt"
-        )
+        inputs = tokenizer(texts, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
         labels = torch.tensor([record["label"] for record in records])
         return torch.nn.functional.cross_entropy(model(**inputs).logits, labels)
     # Every token but the first of its sample is predicted; all of them weigh the same.

@@ -56,7 +56,9 @@ SAMPLE = [
     Cell(engine, stage, *rest)
     for number, (engine, stage) in enumerate(ENGINES)
     for rest in (
-        [(3, "full", "dynamic"), (1, "none", "fixed")] if number % 2 else [(3, "none", "dynamic"), (1, "full", "fixed")]
+        [(3, "full", "dynamic"), (1, "none", "fixed")]
+        if number % 2
+        else [(3, "none", "dynamic"), (1, "full", "fixed")]
     )
 ]
 

@@ -77,7 +77,9 @@ def test_a_run_leaves_a_folder_that_explains_it(job: dict[str, Any], tmp_path: P
     assert done.stdout == f"{folder.path}\n", "the run folder, and nothing else, on stdout"
     lines = metrics(folder)
     steps = [line for line in lines if "loss" in line]
-    assert [line["step"] for line in steps] == list(range(1, 9)), "60 samples are 7 whole batches and a short one"
+    assert [line["step"] for line in steps] == list(range(1, 9)), (
+        "60 samples are 7 whole batches and a short one"
+    )
     assert {
         "step", "epoch", "loss", "learning_rate", "grad_norm", "loss_scale", "skipped", "samples", "tokens",
         "padded_tokens", "step_seconds", "tokens_per_second", "peak_memory_bytes",
@@ -109,13 +111,17 @@ def test_the_translated_command_runs_by_hand_and_gives_the_same_metrics(
     }  # fmt: skip
     for file in ("command.sh", "ds_config.json"):
         assert (tmp_path / "translated" / file).read_text() == (by_run.launch / file).read_text()
-    subprocess.run(["bash", tmp_path / "translated" / "command.sh"], check=True, capture_output=True, timeout=300)
+    subprocess.run(
+        ["bash", tmp_path / "translated" / "command.sh"], check=True, capture_output=True, timeout=300
+    )
     (by_hand,) = (RunDir(p) for p in (tmp_path / "runs" / "job").iterdir() if p != by_run.path)
 
     def without_time(line: dict[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in line.items() if key not in ("step_seconds", "tokens_per_second")}
 
-    assert [without_time(line) for line in metrics(by_hand)] == [without_time(line) for line in metrics(by_run)]
+    assert [without_time(line) for line in metrics(by_hand)] == [
+        without_time(line) for line in metrics(by_run)
+    ]
 
 
 def test_a_dry_run_prints_what_would_run_and_makes_nothing(job: dict[str, Any], tmp_path: Path) -> None:
@@ -165,10 +171,14 @@ def test_what_only_a_rank_can_find_is_told_like_any_other_mistake(
     assert "Traceback" not in done.stderr
 
 
-def test_a_rank_that_is_killed_ends_the_run_and_leaves_no_process(job: dict[str, Any], tmp_path: Path) -> None:
+def test_a_rank_that_is_killed_ends_the_run_and_leaves_no_process(
+    job: dict[str, Any], tmp_path: Path
+) -> None:
     job["training"] |= {"max_steps": 100_000}
     del job["training"]["epochs"]
-    with subprocess.Popen([*MEMLAUNCH, "run", write(job, tmp_path)], stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [*MEMLAUNCH, "run", write(job, tmp_path)], stderr=subprocess.PIPE, text=True
+    ) as process:
         workers = _workers(process.pid)
         workers[1].kill()
         _, stderr = process.communicate(timeout=120)
@@ -180,7 +190,9 @@ def test_a_rank_that_is_killed_ends_the_run_and_leaves_no_process(job: dict[str,
 def test_an_interrupt_stops_every_rank(job: dict[str, Any], tmp_path: Path) -> None:
     job["training"] |= {"max_steps": 100_000}
     del job["training"]["epochs"]
-    with subprocess.Popen([*MEMLAUNCH, "run", write(job, tmp_path)], stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [*MEMLAUNCH, "run", write(job, tmp_path)], stderr=subprocess.PIPE, text=True
+    ) as process:
         workers = _workers(process.pid)
         os.kill(process.pid, signal.SIGINT)
         process.communicate(timeout=120)
@@ -196,7 +208,8 @@ def _workers(launcher: int) -> list[psutil.Process]:
         found = [
             child
             for child in psutil.Process(launcher).children(recursive=True)
-            if "memlaunch.launcher.worker" in child.cmdline() and "torch.distributed.run" not in child.cmdline()
+            if "memlaunch.launcher.worker" in child.cmdline()
+            and "torch.distributed.run" not in child.cmdline()
         ]
         if len(found) == 2 and all(child.num_threads() > 1 for child in found):
             return found

@@ -99,7 +99,9 @@ def test_the_model_holds_the_masters_and_the_frozen_input(base_model: Path, tmp_
         run.place(translate.files(resolved))
         folders.append(run.path)
     masters = ranks.run(2, save_all, folders)[0]
-    original = {f"bert.{name}": tensor for name, tensor in load_file(base_model / "model.safetensors").items()}
+    original = {
+        f"bert.{name}": tensor for name, tensor in load_file(base_model / "model.safetensors").items()
+    }
     for strategy, folder, trained in zip(STRATEGIES, folders, masters, strict=True):
         saved = load_file(folder / "model" / "model.safetensors")
         moved = 0

@@ -1,6 +1,6 @@
 """Micro-batches as tensors: which samples the sampler gives, padded, with what is real in them counted."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from memlaunch.launcher.training.tasks import IGNORED, Task
 from memlaunch.launcher.training.tokens import Tokens
 from memlaunch.strategies import padding
+from memlaunch.strategies.bucketing import BucketedSampler, Packing
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,64 @@ class Collate:
         if not indices:
             return MicroBatch(inputs, torch.full_like(labels, IGNORED), 0, 0, 0, 0)
         return MicroBatch(inputs, labels, self.task.count(labels), rows, sum(lengths), rows * width)
+
+
+@dataclass(frozen=True)
+class CollatePacked:
+    """Blocks, each the indices of its samples, to a :class:`MicroBatch` for a causal language model.
+
+    The samples of a block stand behind each other in one row. Their positions begin at 0, by which the model
+    keeps their attention apart, and no sample predicts the first token of the next.
+    """
+
+    tokens: Tokens
+    padding: padding.PaddingSettings
+    max_length: int
+    pad_token: int
+
+    def __call__(self, blocks: Sequence[Sequence[int]]) -> MicroBatch:
+        """The micro-batch of ``blocks``; of none, a stand-in as in :class:`Collate`."""
+        rows = [self._row(block) for block in blocks or ((0,),)]
+        fill = {"input_ids": self.pad_token, "labels": IGNORED, "position_ids": IGNORED}
+        inputs = padding.pad(rows, self.padding, self.max_length, fill)
+        labels, positions = inputs.pop("labels"), inputs["position_ids"]
+        # The padding is one more sample, of which nothing counts.
+        past = (positions == IGNORED).cumsum(dim=1)
+        inputs["position_ids"] = positions.where(past == 0, past - 1)
+        if not blocks:
+            return MicroBatch(inputs, torch.full_like(labels, IGNORED), 0, 0, 0, 0)
+        count = int((labels != IGNORED).sum())
+        samples, real = sum(map(len, blocks)), sum(len(row["input_ids"]) for row in rows)
+        return MicroBatch(inputs, labels, count, samples, real, labels.numel())
+
+    def _row(self, block: Sequence[int]) -> dict[str, np.ndarray[Any, Any]]:
+        samples = [self.tokens.sample(index)["input_ids"] for index in block]
+        labels = [np.concatenate([[IGNORED], ids[1:]]) for ids in samples]
+        return {
+            "input_ids": np.concatenate(samples),
+            "labels": np.concatenate(labels),
+            "position_ids": np.concatenate([np.arange(len(ids)) for ids in samples]),
+        }
+
+
+class PackedSampler:
+    """Micro-batches of blocks: ``sampler`` deals the blocks, ``packing`` says what they hold in an epoch."""
+
+    def __init__(self, sampler: BucketedSampler, packing: Callable[[int], Packing]) -> None:
+        self.steps_per_epoch = sampler.steps_per_epoch
+        self._sampler = sampler
+        self._packing = packing
+        self._current: tuple[int, Packing] | None = None
+
+    def step(self, epoch: int, k: int) -> list[list[list[int]]]:
+        """This rank's micro-batches of step ``k``: blocks, each the indices of its samples."""
+        if self._current is None or self._current[0] != epoch:
+            self._current = (epoch, self._packing(epoch))
+        offsets, samples, _ = self._current[1]
+        return [
+            [samples[offsets[block] : offsets[block + 1]].tolist() for block in micro_batch]
+            for micro_batch in self._sampler.step(epoch, k)
+        ]
 
 
 def evaluation_order(

@@ -245,4 +245,3 @@ def _skip_shared_memory_kernel() -> None:
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -16,13 +16,16 @@ from memlaunch.launcher.training.world import World
 from memlaunch.strategies.accumulation import loss_weight
 
 
-class Sampler(Protocol):
+#: What a micro-batch is made of: indices of samples, or blocks of them.
+Item = TypeVar("Item", covariant=True)
+
+
+class Sampler(Protocol[Item]):
     """Which samples form an optimizer step, and which of them are this rank's."""
 
-    @property
-    def steps_per_epoch(self) -> int: ...
+    steps_per_epoch: int
 
-    def step(self, epoch: int, k: int) -> Sequence[Sequence[int]]:
+    def step(self, epoch: int, k: int) -> Sequence[Sequence[Item]]:
         """This rank's micro-batches of step ``k`` (from 0) of an epoch; as many on every rank."""
 
 
@@ -48,8 +51,8 @@ class Plan:
 def train(
     engine: Engine,
     task: Task,
-    sampler: Sampler,
-    collate: Collate,
+    sampler: Sampler[Item],
+    collate: Callable[[Sequence[Item]], MicroBatch],
     plan: Plan,
     world: World,
     evaluate: Callable[[], dict[str, float]] | None,
@@ -95,7 +98,7 @@ def train(
                 plan.record({"step": number, "epoch": round(epoch, 6), **figures})
 
 
-def _windows(sampler: Sampler, steps: int) -> Iterator[tuple[float, Sequence[Sequence[int]]]]:
+def _windows(sampler: Sampler[Item], steps: int) -> Iterator[tuple[float, Sequence[Sequence[Item]]]]:
     """(epochs done behind the step, this rank's micro-batches of it) for each optimizer step of the run."""
     per_epoch = sampler.steps_per_epoch
     for number in range(steps):

@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import nn
 
-from memlaunch.launcher.training.errors import JobMismatch
+from memlaunch.launcher.training.errors import JobMismatch, NotApplicable
 from memlaunch.launcher.training.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -47,10 +47,15 @@ def load_tokenizer(model: "ModelSection") -> "PreTrainedTokenizerBase":
     key = "model.tokenizer" if model.tokenizer else "model.path"
     source = model.tokenizer or model.path
     assert source is not None, "the job file requires one of the two"
-    return _loaded(key, source, lambda: transformers.AutoTokenizer.from_pretrained(
-        locate(source), revision=model.revision if key == "model.path" else None,
-        trust_remote_code=model.trust_remote_code,
-    ))
+    return _loaded(
+        key,
+        source,
+        lambda: transformers.AutoTokenizer.from_pretrained(
+            locate(source),
+            revision=model.revision if key == "model.path" else None,
+            trust_remote_code=model.trust_remote_code,
+        ),
+    )
 
 
 def build(model: "ModelSection", labels: list[str] | None, pad_token: int, seed: int) -> "PreTrainedModel":
@@ -76,12 +81,50 @@ def build(model: "ModelSection", labels: list[str] | None, pad_token: int, seed:
         built = auto.from_config(config, attn_implementation=model.attention, dtype=torch.float32)
     else:
         path = model.path
-        built = _loaded("model.path", path, lambda: auto.from_pretrained(
-            locate(path), config=config, revision=model.revision, dtype=torch.float32,
-            attn_implementation=model.attention, trust_remote_code=model.trust_remote_code,
-        ))
+        built = _loaded(
+            "model.path",
+            path,
+            lambda: auto.from_pretrained(
+                locate(path),
+                config=config,
+                revision=model.revision,
+                dtype=torch.float32,
+                attn_implementation=model.attention,
+                trust_remote_code=model.trust_remote_code,
+            ),
+        )
     built.config.use_cache = False  # keys and values of earlier tokens have no use in training
     return built
+
+
+@torch.no_grad()
+def check_packing(model: "PreTrainedModel", attention: str) -> None:
+    """See that samples packed into one row do not attend to each other, by a trial on the CPU.
+
+    Flash attention, which needs a GPU, is taken at its word.
+
+    Raises:
+        NotApplicable: the model makes no difference between packed samples.
+    """
+    if attention not in ("eager", "sdpa"):
+        return
+    ids = torch.tensor([[3, 5, 7, 11, 13]])
+    ids = ids % int(model.get_input_embeddings().weight.shape[0])
+    was_training = model.training
+    model.eval()
+    try:
+        packed = model(input_ids=ids, position_ids=torch.tensor([[0, 1, 0, 1, 2]])).logits[:, 2:]
+        alone = model(input_ids=ids[:, 2:], position_ids=torch.tensor([[0, 1, 2]])).logits
+        apart = torch.allclose(packed, alone, atol=1e-4, rtol=1e-4)
+    except TypeError:
+        apart = False  # its forward takes no positions
+    model.train(was_training)
+    if not apart:
+        raise NotApplicable(
+            "data.batching",
+            f"`{type(model).__name__}` lets samples packed into one row see each other",
+            "use `bucketed` batches with this model",
+        )
 
 
 def load_config(model: "ModelSection") -> "PretrainedConfig":
@@ -92,23 +135,29 @@ def load_config(model: "ModelSection") -> "PretrainedConfig":
     """
     if model.path is not None:
         path = model.path
-        return _loaded("model.path", path, lambda: transformers.AutoConfig.from_pretrained(
-            locate(path), revision=model.revision, trust_remote_code=model.trust_remote_code
-        ))
+        return _loaded(
+            "model.path",
+            path,
+            lambda: transformers.AutoConfig.from_pretrained(
+                locate(path), revision=model.revision, trust_remote_code=model.trust_remote_code
+            ),
+        )
     assert model.architecture is not None, "the job file requires path or architecture"
     try:
         default = transformers.AutoConfig.for_model(model.architecture)
     except ValueError as error:
         known = list(transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES)
         raise JobMismatch(
-            "model.architecture", f"transformers has no architecture `{model.architecture}`",
+            "model.architecture",
+            f"transformers has no architecture `{model.architecture}`",
             _did_you_mean(model.architecture, known),
         ) from error
     known = [*default.to_dict(), *getattr(default, "attribute_map", {})]
     for key in model.config:
         if key not in known:
             raise JobMismatch(
-                f"model.config.{key}", f"`{key}` is not in the config of `{model.architecture}`",
+                f"model.config.{key}",
+                f"`{key}` is not in the config of `{model.architecture}`",
                 _did_you_mean(key, known),
             )
     return transformers.AutoConfig.for_model(model.architecture, **model.config)
@@ -119,7 +168,9 @@ def _loaded(key: str, source: str, load: Any) -> Any:
         return load()
     except (OSError, ValueError, ImportError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise JobMismatch(key, f"`{source}` cannot be loaded: {first}", "look into the log of rank 0") from error
+        raise JobMismatch(
+            key, f"`{source}` cannot be loaded: {first}", "look into the log of rank 0"
+        ) from error
 
 
 def _did_you_mean(name: str, known: list[str]) -> str:

@@ -55,7 +55,10 @@ def _csv_rows(path: Path, key: str) -> Iterator[tuple[int, Record]]:
             for record in reader:
                 if None in record or None in record.values():
                     raise bad_line(
-                        str(path), reader.line_num, key, "not as many fields as the header",
+                        str(path),
+                        reader.line_num,
+                        key,
+                        "not as many fields as the header",
                         "mend the row, or quote its commas",
                     )
                 yield reader.line_num, {name: _number_or_text(value) for name, value in record.items()}

@@ -1,21 +1,28 @@
 """One rank's part of a run, from the resolved job to the saved model."""
 
 import json
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 
 from memlaunch.launcher.training import export, loop, tokens
-from memlaunch.launcher.training.batches import Collate
+from memlaunch.launcher.training.batches import Collate, CollatePacked, MicroBatch, PackedSampler
 from memlaunch.launcher.training.engine import Engine
-from memlaunch.launcher.training.errors import TrainingFailed
-from memlaunch.launcher.training.model import build, load_tokenizer, locate, parameter_count
+from memlaunch.launcher.training.errors import JobMismatch, TrainingFailed
+from memlaunch.launcher.training.model import (
+    build,
+    check_packing,
+    load_tokenizer,
+    locate,
+    parameter_count,
+)
 from memlaunch.launcher.training.schedule import learning_rate
 from memlaunch.launcher.training.tasks import TASKS
 from memlaunch.launcher.training.world import World
 from memlaunch.strategies import TECHNIQUES, optimizer, precision
-from memlaunch.strategies.bucketing import BucketedSampler
+from memlaunch.strategies.bucketing import BucketedSampler, Packing
 from memlaunch.strategies.technique import Setup
 
 if TYPE_CHECKING:
@@ -47,7 +54,9 @@ def run(resolved: "ResolvedJob", folder: "RunDir", world: World) -> None:
     pad_token = _pad_token(tokenizer)
     max_length = _max_length(resolved, tokenizer)
     train = tokens.prepare(job.data, "train", tokenizer, job.model.task, max_length)
-    heldout = tokens.prepare(job.data, "eval", tokenizer, job.model.task, max_length) if job.data.eval else None
+    heldout = (
+        tokens.prepare(job.data, "eval", tokenizer, job.model.task, max_length) if job.data.eval else None
+    )
     names = tokens.label_names(train, job.model.num_labels) if train.codes is not None else None
 
     def collate(source: tokens.Tokens, key: str) -> Collate:
@@ -55,10 +64,11 @@ def run(resolved: "ResolvedJob", folder: "RunDir", world: World) -> None:
         fill = {name: _fill_value(name, tokenizer, pad_token) for name in source.fields}
         return Collate(source, task, job.data.padding, max_length, fill, classes)
 
-    train_batches = collate(train, "data.train")
     eval_batches = collate(heldout, "data.eval") if heldout is not None else None
 
     model = build(job.model, names, pad_token, job.training.seed)
+    if job.data.batching.mode == "packed":
+        check_packing(model, job.model.attention)
     for technique in TECHNIQUES:
         technique.prepare_model(model, setup)
     stored = export.stored_dtypes(locate(job.model.path), model) if job.model.path else {}
@@ -69,13 +79,14 @@ def run(resolved: "ResolvedJob", folder: "RunDir", world: World) -> None:
     torch.manual_seed(job.training.seed + world.rank)  # dropout differs between ranks
     engine = _start(model, setup, folder, world)
 
-    sampler = _sampler(resolved, train, world)
+    sampler, train_batches = _batches(resolved, train, collate(train, "data.train"), world, pad_token)
     steps = job.training.max_steps or (job.training.epochs or 1) * sampler.steps_per_epoch
     warmup = job.training.warmup_steps or round((job.training.warmup_ratio or 0) * steps)
     if world.is_main:
         for pattern in ignored:
             folder.append_event(
-                "warning", message=f"the override `{pattern}` matches frozen parameters only, and does nothing"
+                "warning",
+                message=f"the override `{pattern}` matches frozen parameters only, and does nothing",
             )
         for data in (train, heldout):
             if data is not None:
@@ -106,7 +117,7 @@ def run(resolved: "ResolvedJob", folder: "RunDir", world: World) -> None:
 
     def evaluate() -> dict[str, float]:
         assert eval_batches is not None
-        size = job.training.eval_micro_batch_size or 2 * resolved.batch.micro_batch_size
+        size = _eval_micro_batch_size(resolved, int(eval_batches.tokens.lengths.max()))
         return loop.evaluate(engine, task, eval_batches, size, world)
 
     plan = loop.Plan(
@@ -137,19 +148,53 @@ def _start(model: "PreTrainedModel", setup: Setup, folder: "RunDir", world: Worl
     return DeepSpeedEngine(model, setup, world, config)
 
 
-def _sampler(resolved: "ResolvedJob", train: tokens.Tokens, world: World) -> BucketedSampler:
+def _sampler(resolved: "ResolvedJob", train: tokens.Tokens, world: World, lengths: Any) -> BucketedSampler:
+    """The order of the job's batches over ``lengths``: those of the samples, or of packed blocks."""
     batching = resolved.job.data.batching
-    return BucketedSampler(
-        train.lengths,
-        global_batch_size=resolved.batch.global_batch_size,
-        micro_batch_size=resolved.batch.micro_batch_size,
-        world_size=world.size,
-        rank=world.rank,
-        seed=resolved.job.training.seed,
-        bucket_size=batching.bucket_size,
-        mode=batching.mode,
-        longest_first=batching.longest_first,
-    )
+    by_tokens = batching.max_tokens is not None
+    try:
+        return BucketedSampler(
+            lengths,
+            global_batch_size=resolved.batch.global_batch_size,
+            micro_batch_size=None if by_tokens else resolved.batch.micro_batch_size,
+            world_size=world.size,
+            rank=world.rank,
+            seed=resolved.job.training.seed,
+            bucket_size=batching.bucket_size,
+            max_tokens=batching.max_tokens,
+            mode=batching.mode,
+            longest_first=batching.longest_first,
+            order=train.order if batching.mode == "bucketed" else None,
+        )
+    except ValueError as error:
+        raise JobMismatch(
+            "data.batching", str(error), "the longest samples decide; lower `data.max_length`"
+        ) from error
+
+
+def _batches(
+    resolved: "ResolvedJob", train: tokens.Tokens, whole: Collate, world: World, pad_token: int
+) -> "tuple[loop.Sampler[Any], Callable[[Sequence[Any]], MicroBatch]]":
+    """What deals the training data, and what makes micro-batches of it."""
+    data, seed = resolved.job.data, resolved.job.training.seed
+    if data.batching.mode != "packed":
+        return _sampler(resolved, train, world, train.lengths), whole
+
+    def packing(epoch: int) -> Packing:
+        return train.packing(whole.max_length, seed, epoch)
+
+    blocks = _sampler(resolved, train, world, packing(0).lengths)
+    collate = CollatePacked(train, data.padding, whole.max_length, pad_token)
+    return PackedSampler(blocks, packing), collate
+
+
+def _eval_micro_batch_size(resolved: "ResolvedJob", longest: int) -> int:
+    """As the job says; else twice the micro-batch, or as many of the longest sample as the token budget holds."""
+    if resolved.job.training.eval_micro_batch_size is not None:
+        return resolved.job.training.eval_micro_batch_size
+    if resolved.job.data.batching.max_tokens is not None:
+        return max(1, resolved.job.data.batching.max_tokens // longest)
+    return 2 * resolved.batch.micro_batch_size
 
 
 def _max_length(resolved: "ResolvedJob", tokenizer: "PreTrainedTokenizerBase") -> int:

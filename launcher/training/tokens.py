@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from filelock import FileLock
 
 from memlaunch.launcher.training import records
 from memlaunch.launcher.training.errors import JobMismatch
+from memlaunch.strategies.bucketing import Packing, length_order, pack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 #: Samples a record batch of the Arrow file; row i is row i % CHUNK of batch i // CHUNK.
 CHUNK = 4096
 #: Part of every cache key: raise it when the layout or the tokenisation changes.
-LAYOUT = 1
+LAYOUT = 2
 
 
 @dataclass(frozen=True)
@@ -43,15 +44,18 @@ class Tokens:
         source: where they come from.
         lengths: tokens of each sample, int32, memory-mapped.
         codes: index into ``labels.values`` of each sample's label, int32, memory-mapped; None without labels.
+        order: sample indices by descending length, memory-mapped, so that ranks share one copy.
         truncated: how many samples lost tokens to ``max_length``.
     """
 
     def __init__(self, folder: Path) -> None:
+        self._folder = folder
         about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
         self.source: str = about["source"]
         self.truncated: int = about["truncated"]
         self.labels = Labels(tuple(about["labels"]), tuple(about["label_lines"]))
         self.lengths: np.ndarray[Any, np.dtype[np.int32]] = np.load(folder / "lengths.npy", mmap_mode="r")
+        self.order = np.load(folder / "order.npy", mmap_mode="r")
         codes = folder / "codes.npy"
         self.codes = np.load(codes, mmap_mode="r") if codes.exists() else None
         self._chunks = pa.ipc.open_file(pa.memory_map(str(folder / "tokens.arrow"))).read_all().to_batches()
@@ -64,6 +68,18 @@ class Tokens:
         """Field name -> token values of one sample, each of shape (tokens,)."""
         chunk = self._chunks[index // CHUNK]
         return {name: chunk.column(name)[index % CHUNK].values.to_numpy() for name in self.fields}
+
+    def packing(self, max_length: int, seed: int, epoch: int) -> Packing:
+        """Whole samples in blocks of ``max_length`` tokens for one epoch, memory-mapped; made once on a machine."""
+        folder = self._folder / f"packing-{max_length}-{seed}-{epoch}"
+
+        def write(staging: Path) -> None:
+            packed = pack(self.lengths, max_length, seed=seed, epoch=epoch)
+            for name, values in packed._asdict().items():
+                np.save(staging / f"{name}.npy", values)
+
+        _once(folder, write)
+        return Packing(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in Packing._fields))
 
 
 def prepare(
@@ -79,16 +95,22 @@ def prepare(
     """
     source: str = getattr(data, split)
     folder = _cache_root() / _key(data, source, tokenizer, task, max_length)
+    _once(folder, lambda staging: _write(staging, data, split, source, tokenizer, task, max_length))
+    return Tokens(folder)
+
+
+def _once(folder: Path, write: Callable[[Path], None]) -> None:
+    """Make ``folder`` by ``write``, whole or not at all, unless it is there; others wait meanwhile."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
-        if not folder.exists():
-            staging = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
-            try:
-                _write(staging, data, split, source, tokenizer, task, max_length)
-                staging.rename(folder)
-            finally:
-                shutil.rmtree(staging, ignore_errors=True)
-    return Tokens(folder)
+        if folder.exists():
+            return
+        staging = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+        try:
+            write(staging)
+            staging.rename(folder)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def _cache_root() -> Path:
@@ -123,8 +145,13 @@ def _fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 
 def _write(
-    folder: Path, data: "DataSection", split: str, source: str, tokenizer: "PreTrainedTokenizerBase",
-    task: str, max_length: int,
+    folder: Path,
+    data: "DataSection",
+    split: str,
+    source: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    task: str,
+    max_length: int,
 ) -> None:
     lengths: list[np.ndarray[Any, Any]] = []
     codes: list[int] = []
@@ -151,7 +178,9 @@ def _write(
         if sink is None:
             raise JobMismatch(f"data.{split}", f"{source} holds no records", "give a file with at least one")
         sink.close()
-    np.save(folder / "lengths.npy", np.concatenate(lengths))
+    all_lengths = np.concatenate(lengths)
+    np.save(folder / "lengths.npy", all_lengths)
+    np.save(folder / "order.npy", length_order(all_lengths))
     if codes:
         np.save(folder / "codes.npy", np.array(codes, dtype=np.int32))
     about = {"source": source, "truncated": truncated, "labels": list(seen), "label_lines": lines}
@@ -178,12 +207,18 @@ def _check_columns(
         if not isinstance(record.get(column), str):
             what = "is missing" if record.get(column) is None else f"is {record[column]!r}, not text"
             raise records.bad_line(
-                source, line, f"data.{split}", f"`{column}` {what}", "the columns are "
-                + ", ".join(f"`{name}`" for name in record),
+                source,
+                line,
+                f"data.{split}",
+                f"`{column}` {what}",
+                "the columns are " + ", ".join(f"`{name}`" for name in record),
             )
     if task == "sequence-classification" and record.get(data.label) is None:
         raise records.bad_line(
-            source, line, f"data.{split}", f"`{data.label}` is missing",
+            source,
+            line,
+            f"data.{split}",
+            f"`{data.label}` is missing",
             "the columns are " + ", ".join(f"`{name}`" for name in record),
         )
 
@@ -194,7 +229,10 @@ def _label(source: str, line: int, value: Any, data: "DataSection", split: str) 
     if isinstance(value, str) or (isinstance(value, int) and value >= 0):
         return value
     raise records.bad_line(
-        source, line, f"data.{split}", f"the label `{data.label}` is {value!r}",
+        source,
+        line,
+        f"data.{split}",
+        f"the label `{data.label}` is {value!r}",
         "a class is a name or a whole number from 0",
     )
 
@@ -205,7 +243,10 @@ def text_columns(data: "DataSection") -> Sequence[str]:
 
 
 def _tokenise(
-    batch: list[records.Record], data: "DataSection", tokenizer: "PreTrainedTokenizerBase", task: str,
+    batch: list[records.Record],
+    data: "DataSection",
+    tokenizer: "PreTrainedTokenizerBase",
+    task: str,
     max_length: int,
 ) -> tuple[dict[str, list[list[int]]], int]:
     """(field -> token values of each sample, how many samples were cut to ``max_length``)."""
@@ -225,8 +266,11 @@ def _tokenise(
             del fields["input_ids"][i][max_length:]
     elif long:
         cut = tokenizer(
-            *([column[index] for index in long] for column in texts), truncation=True, max_length=max_length,
-            padding=False, return_attention_mask=False,
+            *([column[index] for index in long] for column in texts),
+            truncation=True,
+            max_length=max_length,
+            padding=False,
+            return_attention_mask=False,
         )
         for name in fields:
             for row, index in enumerate(long):
@@ -245,8 +289,11 @@ def label_names(train: Tokens, num_labels: int | None) -> list[str]:
     if names and len(names) < len(values):
         number = next(i for i, value in enumerate(values) if not isinstance(value, str))
         raise records.bad_line(
-            train.source, train.labels.lines[number], "data.train",
-            f"the label is the number {values[number]}, others are names", "use one or the other",
+            train.source,
+            train.labels.lines[number],
+            "data.train",
+            f"the label is the number {values[number]}, others are names",
+            "use one or the other",
         )
     if names:
         classes = names
@@ -256,12 +303,15 @@ def label_names(train: Tokens, num_labels: int | None) -> list[str]:
     if num_labels is not None and len(classes) > num_labels:
         if names:
             raise JobMismatch(
-                "model.num_labels", f"{train.source} has {len(names)} labels: {', '.join(names[:10])}",
+                "model.num_labels",
+                f"{train.source} has {len(names)} labels: {', '.join(names[:10])}",
                 f"set `num_labels` to {len(names)}",
             )
         at = values.index(len(classes) - 1)
         raise records.bad_line(
-            train.source, train.labels.lines[at], "data.train",
+            train.source,
+            train.labels.lines[at],
+            "data.train",
             f"the label is {values[at]}, out of range for num_labels {num_labels}",
             f"labels go from 0 to {num_labels - 1}; mend the line, or raise `num_labels`",
         )
@@ -281,7 +331,10 @@ def class_ids(tokens: Tokens, classes: Sequence[str], key: str) -> np.ndarray[An
     for value, line in zip(tokens.labels.values, tokens.labels.lines, strict=True):
         if str(value) not in known:
             raise records.bad_line(
-                tokens.source, line, key, f"the label {value!r} is not among the classes of `data.train`",
+                tokens.source,
+                line,
+                key,
+                f"the label {value!r} is not among the classes of `data.train`",
                 "the classes are " + ", ".join(classes[:10]),
             )
         ids.append(known[str(value)])
