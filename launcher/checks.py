@@ -257,16 +257,38 @@ def _columns(record: Mapping[str, Any]) -> str:
 
 
 def _check_batching(job: Job) -> Iterator[Conflict]:
-    batching = job.data.batching
-    if batching.mode == "packed":
+    batching, training = job.data.batching, job.training
+    if batching.mode == "packed" and job.model.task != "causal-lm":
         yield Conflict(
-            "data.batching.mode", "packed batches are not supported yet", "use `bucketed` or `random`"
+            "data.batching.mode",
+            f"samples cannot be packed together for `{job.model.task}`",
+            'use `bucketed` or `random`, or `"task": "causal-lm"`',
+            ("model.task",),
         )
-    if batching.max_tokens is not None:
+    if batching.max_tokens is None:
+        return
+    key = "data.batching.max_tokens"
+    if training.global_batch_size is None:
         yield Conflict(
-            "data.batching.max_tokens",
-            "batches of so many tokens are not supported yet",
-            "remove it and give `training.micro_batch_size`",
+            key,
+            "a budget of tokens does not say how many samples an optimizer step has",
+            "add `training.global_batch_size`",
+            ("training.global_batch_size",),
+        )
+    for other in ("micro_batch_size", "gradient_accumulation_steps"):
+        if getattr(training, other) is not None:
+            yield Conflict(
+                f"training.{other}",
+                "`data.batching.max_tokens` stands in its place",
+                "remove one of them",
+                (key,),
+            )
+    if job.data.max_length is not None and job.data.max_length > batching.max_tokens:
+        yield Conflict(
+            key,
+            f"a sample of `max_length` {job.data.max_length} does not fit",
+            "give at least `max_length`",
+            ("data.max_length",),
         )
 
 
@@ -344,10 +366,9 @@ def _check_raw(raw: Mapping[str, Any]) -> Iterator[Conflict]:
         key = dotted(("strategy", "deepspeed", *path))
         if (ours := _OWN_DEEPSPEED.get(".".join(map(str, path)))) is not None:
             yield Conflict(key, f"`{ours}` stands for it", "use that, and remove this")
-        elif len(path) == 1 and path[0] not in known:
-            if close := closest(str(path[0]), known, 0.8):
-                hint = f"did you mean `{close}`?"
-                yield Conflict(key, "DeepSpeed has no such key, and would pass over it without a word", hint)
+        elif len(path) == 1 and path[0] not in known and (close := closest(str(path[0]), known, 0.8)):
+            hint = f"did you mean `{close}`?"
+            yield Conflict(key, "DeepSpeed has no such key, and would pass over it without a word", hint)
 
 
 def _check_patterns(job: Job, base: Path) -> Iterator[Conflict]:

@@ -109,7 +109,7 @@ def _saved_folder(folder: Path) -> Record:
     if (folder / "dataset_dict.json").is_file():
         splits = sorted(path.parent.name for path in folder.glob("*/state.json"))
         names = ", ".join(f"`{name}`" for name in splits)
-        raise BadPath(f"holds several splits: {names}", f"name the folder of one of them")
+        raise BadPath(f"holds several splits: {names}", "name the folder of one of them")
     try:
         features = json.loads((folder / "dataset_info.json").read_bytes())["features"]
         state = json.loads((folder / "state.json").read_bytes())

@@ -75,7 +75,7 @@ class UserError(Exception):
         """The text for stderr, without a final newline."""
         if self.problems:
             return "\n\n".join(render(problem, colour) for problem in self.problems)
-        return "\n".join(_with_hint([f"{_error(colour)} {self.message}"], self.hint, colour))
+        return "\n".join(_with_hint([f"{_error(colour)} {_printable(self.message)}"], self.hint, colour))
 
 
 class BadPath(ValueError):
@@ -89,7 +89,7 @@ class BadPath(ValueError):
 def render(problem: Problem, colour: bool = False) -> str:
     """One problem: its place, its source line with a caret line below, its hint."""
     at = f"{problem.source}:{problem.line}:{problem.column}:" if problem.line else f"{problem.source}:"
-    lines = [f"{_paint(at, _BOLD, colour)} {_error(colour)} {problem.message}"]
+    lines = [f"{_paint(_printable(at), _BOLD, colour)} {_error(colour)} {_printable(problem.message)}"]
     if problem.line:
         gutter = f"{problem.line:>5} |"
         text, before, under = _excerpt(problem)
@@ -111,9 +111,7 @@ def wants_colour(stream: TextIO = sys.stderr) -> bool:
 
 def _excerpt(problem: Problem) -> tuple[str, int, int]:
     """(the part of the line to show, columns before the caret, columns under it)."""
-    text = "".join(
-        " " if c == "\t" else c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in problem.text
-    )
+    text = _printable(problem.text.replace("\t", " "))
     start = problem.column - 1
     end = max(start + 1, min(start + problem.length, len(text)))
     left, right = 0, len(text)
@@ -129,6 +127,11 @@ def _excerpt(problem: Problem) -> tuple[str, int, int]:
     )
 
 
+def _printable(text: str) -> str:
+    """``text`` without what a terminal would obey."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 def _columns(text: str) -> int:
     """How many columns of a terminal ``text`` takes."""
     wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
@@ -136,7 +139,7 @@ def _columns(text: str) -> int:
 
 
 def _with_hint(lines: list[str], hint: str | None, colour: bool) -> list[str]:
-    return [*lines, f"{_paint('hint:', _BOLD, colour)} {hint}"] if hint else lines
+    return [*lines, f"{_paint('hint:', _BOLD, colour)} {_printable(hint)}"] if hint else lines
 
 
 def _error(colour: bool) -> str:

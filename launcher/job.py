@@ -310,11 +310,13 @@ def setup_of(job: Job, batch: Batch, world_size: int, device: Device) -> Setup:
 
 
 def batch_of(job: Job, ranks: int) -> Batch:
-    """The batch sizes of ``job`` on so many ranks.
+    """The batch sizes of ``job`` on so many ranks; under a token budget only the global one counts.
 
     Raises:
         BatchError: they contradict each other.
     """
     training = job.training
+    if job.data.batching.max_tokens is not None:
+        return Batch(training.global_batch_size or ranks, 1, 1)
     micro = None if training.micro_batch_size == "auto" else training.micro_batch_size
     return solve_batch(ranks, training.global_batch_size, micro, training.gradient_accumulation_steps)

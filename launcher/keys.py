@@ -52,7 +52,7 @@ def is_in(path: KeyPath, section: KeyPath) -> bool:
 
 
 def closest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The name in ``known`` that ``word`` was probably meant to be; case, ``_`` and ``-`` count for nothing."""
+    """The name in ``known`` that ``word`` probably means; case, ``_`` and ``-`` count for nothing."""
     plain = {_plain(name): name for name in known}
     close = difflib.get_close_matches(_plain(word), list(plain), n=1, cutoff=cutoff)
     return plain[close[0]] if close else None

@@ -46,9 +46,11 @@ class Monitor:
 
     def update(self) -> None:
         """Show what has been written since the last call."""
-        for event, self._events_read in read_lines(self._folder.events, self._events_read):
+        for event, end in read_lines(self._folder.events, self._events_read):
+            self._events_read = end
             self._show_event(event)
-        for line, self._metrics_read in read_lines(self._folder.metrics, self._metrics_read):
+        for line, end in read_lines(self._folder.metrics, self._metrics_read):
+            self._metrics_read = end
             self._show_metrics(line)
 
     def _say(self, text: str) -> None:
@@ -65,8 +67,8 @@ class Monitor:
             )
         elif kind == "data" and event["truncated"]:
             self._say(
-                f"warning: {event['truncated']} of {event['samples']} samples of {event['source']} are longer "
-                f"than max_length {event['max_length']} and were truncated"
+                f"warning: {event['source']}: {event['truncated']} of {event['samples']} samples were cut to "
+                f"max_length {event['max_length']}"
             )
         elif kind == "warning":
             self._say(f"warning: {event['message']}")

@@ -26,7 +26,7 @@ class ResolvedJob:
 
     Attributes:
         job: the job: absolute paths, batch sizes, ranks and threads filled in.
-        batch: its batch sizes, in samples.
+        batch: its batch sizes, in samples (or packed blocks); under a token budget only the global one counts.
         world_size: ranks.
         threads_per_rank: CPU threads of each.
     """
@@ -46,17 +46,17 @@ class ResolvedJob:
         model = job.model.path or f"a new {job.model.architecture}"
         place = {"auto": "", "cpu": " on the CPU", "cuda": " on GPUs"}[job.cluster.device]
         count = "1 rank" if ranks == 1 else f"{ranks} ranks"
-        return (
-            f"{model}, {count}{place}, global batch {batch.global_batch_size} = "
-            f"{batch.micro_batch_size} x {batch.gradient_accumulation_steps} accumulation x {ranks}, "
-            + ", ".join(_strategy(job))
-        )
+        if job.data.batching.max_tokens is not None:
+            parts = f"in micro-batches of {job.data.batching.max_tokens} tokens"
+        else:
+            parts = f"= {batch.micro_batch_size} x {batch.gradient_accumulation_steps} accumulation x {ranks}"
+        sizes = f"global batch {batch.global_batch_size} {parts}"
+        return ", ".join([model, count + place, sizes, *_strategy(job)])
 
     def to_json(self) -> str:
         """``resolved.json``: itself a job file, which resolves to this job."""
-        return (
-            json.dumps(self.job.model_dump(mode="json", by_alias=True), indent=2, ensure_ascii=False) + "\n"
-        )
+        values = self.job.model_dump(mode="json", by_alias=True)
+        return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
 
 
 def load(path: Path, sets: Sequence[str] = (), then: Check | None = None) -> ResolvedJob:
@@ -123,6 +123,7 @@ def resolve(job: Job, *, base: Path, name: str) -> ResolvedJob:
     classifies = model.task == "sequence-classification"
     counts_epochs = training.max_steps is None
     by_ratio = training.warmup_ratio is not None
+    by_tokens = data.batching.max_tokens is not None
     return ResolvedJob(
         job=_with(
             job,
@@ -144,11 +145,12 @@ def resolve(job: Job, *, base: Path, name: str) -> ResolvedJob:
             training=_with(
                 training,
                 global_batch_size=batch.global_batch_size,
-                micro_batch_size=batch.micro_batch_size,
-                gradient_accumulation_steps=batch.gradient_accumulation_steps,
+                micro_batch_size=None if by_tokens else batch.micro_batch_size,
+                gradient_accumulation_steps=None if by_tokens else batch.gradient_accumulation_steps,
                 epochs=(training.epochs or 1) if counts_epochs else None,
                 warmup_steps=None if by_ratio else training.warmup_steps or 0,
-                eval_micro_batch_size=training.eval_micro_batch_size or 2 * batch.micro_batch_size,
+                eval_micro_batch_size=training.eval_micro_batch_size
+                or (None if by_tokens else 2 * batch.micro_batch_size),
             ),
             cluster=_with(job.cluster, gpus_per_node=ranks, threads_per_rank=threads),
             output=_with(job.output, dir=_absolute(job.output.dir, base)),
@@ -186,8 +188,8 @@ def gpus() -> int:
 
 def _bucket_size(job: Job, batch: Batch, ranks: int) -> int | None:
     """Written out at the first launch, so that the order of samples outlives a change of the ranks."""
-    if job.data.batching.mode != "bucketed":
-        return None
+    if job.data.batching.mode != "bucketed" or job.data.batching.max_tokens is not None:
+        return job.data.batching.bucket_size
     return job.data.batching.bucket_size or ranks * batch.micro_batch_size
 
 

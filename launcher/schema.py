@@ -265,24 +265,8 @@ def _explain(model: type[Settings], path: KeyPath, errors: list[ErrorDetails]) -
     key, given = dotted(path), errors[0]["input"]
     kinds = {error["type"] for error in errors}
     for error in errors:
-        if error["type"] == "value_error":
-            said = str(error["ctx"]["error"])
-            joined = f"{key} {said}" if said.startswith(("must ", "is ", "holds ")) else f"{key}: {said}"
-            message, _, hint = joined.partition("; ")
-            return message, hint or None
-    for error in errors:
-        if error["type"] in _LIMITS:
-            words, name = _LIMITS[error["type"]]
-            limit = f"{error['ctx'][name]:.15g}"
-            hint = "write null for none" if path[-1] == "max_grad_norm" else None
-            return f"{key} must be {words} {limit}, not {_show(given)}", hint
-        if error["type"] in ("too_short", "too_long"):
-            ctx = error["ctx"]
-            length = ctx.get("min_length", ctx.get("max_length"))
-            hint = "for one, write it without the list" if "string_type" in kinds else None
-            return f"{key} must have {length} items, not {ctx['actual_length']}", hint
-        if error["type"] == "string_too_short":
-            return f"{key} must not be empty", None
+        if (rule := _rule(error, key, kinds)) is not None:
+            return rule
     choices = [choice for error in errors if error["type"] == "literal_error" for choice in _choices(error)]
     wanted = [_KINDS[kind] for kind in dict.fromkeys(e["type"] for e in errors) if kind in _KINDS]
     if "model_type" in kinds and (section := _section_at(model, path)) is not None and section.SHORTHAND:
@@ -297,6 +281,27 @@ def _explain(model: type[Settings], path: KeyPath, errors: list[ErrorDetails]) -
     same_kind |= number and (bool(choices) or "int_type" in kinds)
     as_given = _show(given) if same_kind else kind_of(given)
     return f"{key} must be {text}, not {as_given}", _hint_for_type(model, path, given, kinds, choices)
+
+
+def _rule(error: ErrorDetails, key: str, kinds: set[str]) -> tuple[str, str | None] | None:
+    """Message and hint for a value of the right kind that breaks a rule; None where the kind is wrong."""
+    given, context = error["input"], error.get("ctx", {})
+    if error["type"] == "value_error":
+        said, _, hint = str(context["error"]).partition("; ")
+        # A rule is a sentence of its own, or goes on behind the key.
+        goes_on = said.startswith(("must ", "is ", "holds "))
+        return f"{key} {said}" if goes_on else f"{key}: {said}", hint or None
+    if error["type"] in _LIMITS:
+        words, name = _LIMITS[error["type"]]
+        wants_none = "write null for none" if key.endswith("max_grad_norm") else None
+        return f"{key} must be {words} {context[name]:.15g}, not {_show(given)}", wants_none
+    if error["type"] in ("too_short", "too_long"):
+        length = context.get("min_length", context.get("max_length"))
+        one = "for one, write it without the list" if "string_type" in kinds else None
+        return f"{key} must have {length} items, not {context['actual_length']}", one
+    if error["type"] == "string_too_short":
+        return f"{key} must not be empty", None
+    return None
 
 
 def _hint_for_type(

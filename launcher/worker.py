@@ -50,7 +50,7 @@ def _explain(error: BaseException) -> tuple[int, dict[str, str]]:
     if isinstance(error, JobMismatch | NotApplicable):
         return EXIT_JOB, {"key": error.key, "message": message, "hint": error.hint}
     if isinstance(error, torch.OutOfMemoryError):
-        hint = "lower `training.micro_batch_size`, turn on activation checkpointing, or raise `strategy.zero.stage`"
+        hint = "lower `training.micro_batch_size`, checkpoint activations, or raise `strategy.zero.stage`"
         return EXIT_MEMORY, {"message": message, "hint": hint}
     if isinstance(error, TrainingFailed):
         return EXIT_FAILED, {"message": message, "hint": error.hint}

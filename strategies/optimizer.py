@@ -85,18 +85,24 @@ def parameter_groups(model: "torch.nn.Module", setup: Setup) -> list[dict[str, A
     """Optimizer groups of the trainable parameters, one for each pair of (bits, weight decay) that occurs.
 
     Each group has ``params``, ``names``, ``optim_bits`` and ``weight_decay``. Biases and norms (every
-    parameter of fewer than two dimensions) are not decayed.
+    parameter of fewer than two dimensions) are not decayed. A tied parameter comes once, under its first
+    name, and an override of any of its names holds for it.
     """
-    named = dict(model.named_parameters())
-    shapes = {name: tuple(parameter.shape) for name, parameter in named.items()}
-    bits = state_bits(setup.optimizer, shapes, base_prefixes(model))
+    every = dict(model.named_parameters(remove_duplicate=False))
+    shapes = {name: tuple(parameter.shape) for name, parameter in every.items()}
+    by_name = state_bits(setup.optimizer, shapes, base_prefixes(model))
+    bits_of: dict[torch.Tensor, int] = {}
+    for name, parameter in every.items():
+        if by_name[name] != setup.optimizer.bits or parameter not in bits_of:
+            bits_of[parameter] = by_name[name]
     groups: dict[tuple[int, float], dict[str, Any]] = {}
-    for name, parameter in named.items():
+    for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         decay = 0.0 if _is_norm_or_bias(shapes[name]) else setup.weight_decay
-        empty = {"params": [], "names": [], "optim_bits": bits[name], "weight_decay": decay}
-        group = groups.setdefault((bits[name], decay), empty)
+        bits = bits_of[parameter]
+        empty = {"params": [], "names": [], "optim_bits": bits, "weight_decay": decay}
+        group = groups.setdefault((bits, decay), empty)
         group["params"].append(parameter)
         group["names"].append(name)
     return list(groups.values())
@@ -116,7 +122,7 @@ def build(groups: list[dict[str, Any]], setup: Setup) -> "torch.optim.Optimizer"
 
 def useless_overrides(model: "torch.nn.Module", settings: OptimizerSettings) -> list[str]:
     """Override patterns that match frozen parameters only."""
-    named = dict(model.named_parameters())
+    named = dict(model.named_parameters(remove_duplicate=False))
     roots = base_prefixes(model)
     return [
         override.modules

@@ -41,7 +41,7 @@ class Strategy(NamedTuple):
     checkpointing: Any = "none"
     optimizer: Any = "adamw"
     freeze: tuple[str, ...] = ()
-    zero: Mapping[str, Any] = {}  # noqa: RUF012
+    zero: Mapping[str, Any] = {}
 
 
 def setup_of(strategy: Strategy, world: World, *, max_grad_norm: float | None = 1.0) -> Setup:

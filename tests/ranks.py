@@ -37,7 +37,7 @@ def run(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         finally:
             for process in processes:
                 process.kill()
-        results = [pickle.loads(outcome.read_bytes()) for outcome in outcomes if outcome.exists()]  # noqa: S301
+        results = [pickle.loads(outcome.read_bytes()) for outcome in outcomes if outcome.exists()]
     failures = [text for succeeded, text in results if not succeeded]
     assert not failures, "\n".join(failures)
     assert len(results) == size, "a rank died without a word"

@@ -1,7 +1,7 @@
 """The mathematics of a job, written a second time: a plain PyTorch loop of one process over whole batches.
 
-It shares with memlaunch only the answer to "which samples form step k"; everything else, from tokens to weights,
-is its own.
+It shares with memlaunch only the answer to "which samples form step k"; everything else, from tokens to
+weights, is its own.
 """
 
 import json

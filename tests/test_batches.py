@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -196,9 +196,11 @@ def test_the_largest_micro_batch_comes_first(batching: Batching) -> None:
 @settings(max_examples=100, deadline=None)
 @given(batchings(), epochs)
 def test_a_rank_has_nothing_only_where_there_is_nothing_to_give(batching: Batching, epoch: int) -> None:
-    if batching.options.get("micro_batch_size", 1) == 1:
-        return
-    for rank in batching.ranks():
+    """With a global batch that the ranks share evenly, in micro-batches of more than one sample."""
+    options = batching.options
+    assume(options.get("micro_batch_size", 1) > 1)
+    evenly = options["global_batch_size"] * batching.world_size
+    for rank in replace(batching, options={**options, "global_batch_size": evenly}).ranks():
         for k in range(rank.steps_per_epoch):
             if len(rank.step_samples(epoch, k)) >= batching.world_size:
                 assert [] not in rank.step(epoch, k)

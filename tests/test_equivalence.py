@@ -1,8 +1,8 @@
 """One job has the same losses and the same weights on every engine, stage and number of ranks.
 
-A cell is trained by the ranks of a real run, from its resolved job to its saved model, and held against a plain
-one-process loop. ``pytest -m long`` runs every cell, the ordinary run a sample in which each value of each axis
-occurs with each number of ranks.
+A cell is trained by the ranks of a real run, from its resolved job to its saved model, and held against a
+plain one-process loop. ``pytest -m long`` runs every cell, the ordinary run a sample in which each value of
+each axis occurs with each number of ranks.
 """
 
 import json

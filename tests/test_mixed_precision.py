@@ -1,5 +1,6 @@
 """16-bit training agrees between engines, and an overflow costs one step and nothing else."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -22,8 +23,8 @@ def train(world: Any, strategies: list[Strategy]) -> list[tuple[list[dict[str, A
     return results
 
 
-#: Precision, and how far apart engines may come out: in the losses, and in the change of the weights. It is 16-bit
-#: rounding, which Adam magnifies in the weights; with 16-bit parameters the gradients are rounded too.
+#: Precision, and how far apart engines may come out: in the losses, and in the change of the weights. It is
+#: 16-bit rounding, which Adam magnifies in the weights; with 16-bit parameters the gradients are rounded too.
 PRECISIONS: list[tuple[Any, float, float]] = [
     ("bf16", 1e-4, 0.03),
     ("fp16", 1e-4, 0.03),
@@ -84,7 +85,7 @@ def overflow(world: Any, strategies: list[Strategy]) -> list[dict[str, Any]]:
             return gradient * torch.inf if poison else gradient  # noqa: B023
 
         def watch(module: Any, inputs: Any, output: torch.Tensor) -> None:
-            output.register_hook(poisoned)  # noqa: B023
+            output.register_hook(poisoned)
 
         # On the way to the parameters, as a real overflow is: engines hang hooks of their own on those.
         engine.module.get_submodule("classifier").register_forward_hook(watch)
@@ -101,7 +102,7 @@ def overflow(world: Any, strategies: list[Strategy]) -> list[dict[str, Any]]:
                 "lines": lines,
                 "moved": [
                     any(not torch.equal(before[name], after[name]) for name in before)
-                    for before, after in zip(weights, weights[1:], strict=False)
+                    for before, after in itertools.pairwise(weights)
                 ],
                 "final": engines.numpy(weights[-1]),
                 "expected": engines.numpy(engines.weights(other)),

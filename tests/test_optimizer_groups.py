@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from memlaunch.strategies import optimizer
 from memlaunch.strategies.optimizer import MIN_8BIT_ELEMENTS, OptimizerSettings, state_bits
@@ -200,3 +201,13 @@ def test_8_bit_state_is_not_offloaded(section: Any, offload: str, keys: list[str
         engine="deepspeed", zero={"stage": 2, "offload_optimizer": offload}, optimizer=section
     )
     assert [conflict.key for conflict in optimizer.TECHNIQUE.conflicts(setup)] == keys
+
+
+def test_an_override_may_name_any_name_of_a_tied_parameter() -> None:
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=500, n_embd=32, n_layer=1, n_head=2))
+    for name in ("transformer.wte", "lm_head"):
+        section = {"bits": 8, "overrides": [{"modules": name, "bits": 32}]}
+        groups = optimizer.parameter_groups(model, setups.setup(optimizer=section))
+        (tied,) = [group for group in groups if "transformer.wte.weight" in group["names"]]
+        assert tied["optim_bits"] == 32
+        assert sum("lm_head.weight" in group["names"] for group in groups) == 0

@@ -34,7 +34,7 @@ STRATEGIES: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def base_model(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
-    """A base model without a head, as sentence encoders are published: mixed dtypes, no prefix in the names."""
+    """A base model without a head, as sentence encoders are published, with mixed dtypes."""
     folder = tmp_path_factory.mktemp("base")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder)
     torch.manual_seed(3)

@@ -36,7 +36,7 @@ NETWORK = "10.77.0"
 LIMIT_SECONDS = 60
 
 _SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-_IDLE = "trap '' CHLD; exec sleep infinity"
+_IDLE = "exec env --ignore-signal=CHLD sleep infinity"
 _SWITCH = "switch"
 _STATE = "cluster.json"
 _FOLDERS = ("etc", "home", "log", "run", "state")

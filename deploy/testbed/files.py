@@ -81,7 +81,7 @@ PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 def gres_conf() -> str:
     """``/etc/slurm/gres.conf``: GPUs that can be counted and given out, though there is nothing behind them."""
-    return f"AutoDetect=off\nName=gpu Count={GPUS}\n"
+    return "AutoDetect=off\nName=gpu File=/dev/zero\nName=gpu File=/dev/full\n"
 
 
 def cgroup_conf() -> str:

@@ -8,7 +8,6 @@ for name in hosts passwd shadow slurm ssh; do
     mount --bind "$1/etc/$name" "/etc/$name"
 done
 ip link set lo up
-# An ignored SIGCHLD stays ignored behind exec: the kernel buries what is orphaned to this process.
-trap '' CHLD
 : > "$1/run/$2.ready"
-exec sleep infinity
+# An ignored SIGCHLD stays ignored behind exec: the kernel buries what is orphaned to this process.
+exec env --ignore-signal=CHLD sleep infinity

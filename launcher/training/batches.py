@@ -143,10 +143,10 @@ class PackedSampler:
 
 
 def evaluation_order(
-    lengths: Sequence[int], micro_batch_size: int, world_size: int, rank: int
+    lengths: np.ndarray[Any, Any], micro_batch_size: int, world_size: int, rank: int
 ) -> Iterator[list[int]]:
     """This rank's micro-batches of one pass over everything, longest first; as many on every rank."""
-    order = np.argsort(-np.asarray(lengths), kind="stable")
+    order = np.argsort(-lengths, kind="stable")
     run = micro_batch_size * world_size
     for start in range(0, len(order), run):
         yield order[start : start + run][rank::world_size].tolist()

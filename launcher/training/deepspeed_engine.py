@@ -98,8 +98,8 @@ class DeepSpeedEngine:
         return self._replicated or self._engine.optimizer.loss_scaler
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        from deepspeed.utils import safe_get_full_fp32_param
         from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+        from deepspeed.utils import safe_get_full_fp32_param
 
         sharded = self._setup.zero.stage > 0
         for name, parameter in self.module.named_parameters(remove_duplicate=False):

@@ -19,12 +19,18 @@ class Untouched:
 
     Parameters are trained in fp32, which holds 16-bit values exactly, so that casting back restores them.
     Where the run holds parameters in a 16-bit type, fp32 values are lost to it, and copies are kept in host
-    memory on the main rank.
+    memory on the main rank. ``use_cache`` is the model's own setting, which training turns off.
     """
 
     def __init__(
-        self, model: "PreTrainedModel", stored: Mapping[str, torch.dtype], engine_casts: bool, world: World
+        self,
+        model: "PreTrainedModel",
+        stored: Mapping[str, torch.dtype],
+        engine_casts: bool,
+        use_cache: bool | None,
+        world: World,
     ) -> None:
+        self.use_cache = use_cache
         frozen = {n: p for n, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
         self._dtypes = {name: stored.get(name, tensor.dtype) for name, tensor in frozen.items()}
         self._copies = (
@@ -80,7 +86,8 @@ def save(
         return
     persistent = model.state_dict().keys()
     buffers = {name: buffer.cpu() for name, buffer in model.named_buffers() if name in persistent}
-    model.config.use_cache = True
+    if untouched.use_cache is not None:
+        model.config.use_cache = untouched.use_cache
     model.save_pretrained(folder, state_dict=weights | buffers)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

@@ -15,7 +15,6 @@ from memlaunch.launcher.training.tasks import Task, logits_of
 from memlaunch.launcher.training.world import World
 from memlaunch.strategies.accumulation import loss_weight
 
-
 #: What a micro-batch is made of: indices of samples, or blocks of them.
 Item = TypeVar("Item", covariant=True)
 

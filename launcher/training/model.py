@@ -47,7 +47,7 @@ def load_tokenizer(model: "ModelSection") -> "PreTrainedTokenizerBase":
     key = "model.tokenizer" if model.tokenizer else "model.path"
     source = model.tokenizer or model.path
     assert source is not None, "the job file requires one of the two"
-    return _loaded(
+    loaded: PreTrainedTokenizerBase = _loaded(
         key,
         source,
         lambda: transformers.AutoTokenizer.from_pretrained(
@@ -56,6 +56,7 @@ def load_tokenizer(model: "ModelSection") -> "PreTrainedTokenizerBase":
             trust_remote_code=model.trust_remote_code,
         ),
     )
+    return loaded
 
 
 def build(model: "ModelSection", labels: list[str] | None, pad_token: int, seed: int) -> "PreTrainedModel":
@@ -77,8 +78,13 @@ def build(model: "ModelSection", labels: list[str] | None, pad_token: int, seed:
     if getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = pad_token
     torch.manual_seed(seed)
+    built: PreTrainedModel
     if model.path is None:
-        built = auto.from_config(config, attn_implementation=model.attention, dtype=torch.float32)
+        built = _loaded(
+            "model.config",
+            f"a new {model.architecture}",
+            lambda: auto.from_config(config, attn_implementation=model.attention, dtype=torch.float32),
+        )
     else:
         path = model.path
         built = _loaded(
@@ -93,7 +99,6 @@ def build(model: "ModelSection", labels: list[str] | None, pad_token: int, seed:
                 trust_remote_code=model.trust_remote_code,
             ),
         )
-    built.config.use_cache = False  # keys and values of earlier tokens have no use in training
     return built
 
 
@@ -109,7 +114,7 @@ def check_packing(model: "PreTrainedModel", attention: str) -> None:
     if attention not in ("eager", "sdpa"):
         return
     ids = torch.tensor([[3, 5, 7, 11, 13]])
-    ids = ids % int(model.get_input_embeddings().weight.shape[0])
+    ids = ids % next(model.get_input_embeddings().parameters()).shape[0]
     was_training = model.training
     model.eval()
     try:
@@ -135,18 +140,19 @@ def load_config(model: "ModelSection") -> "PretrainedConfig":
     """
     if model.path is not None:
         path = model.path
-        return _loaded(
+        stored: PretrainedConfig = _loaded(
             "model.path",
             path,
             lambda: transformers.AutoConfig.from_pretrained(
                 locate(path), revision=model.revision, trust_remote_code=model.trust_remote_code
             ),
         )
+        return stored
     assert model.architecture is not None, "the job file requires path or architecture"
     try:
-        default = transformers.AutoConfig.for_model(model.architecture)
+        default: PretrainedConfig = transformers.AutoConfig.for_model(model.architecture)
     except ValueError as error:
-        known = list(transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES)
+        known = list(transformers.CONFIG_MAPPING)
         raise JobMismatch(
             "model.architecture",
             f"transformers has no architecture `{model.architecture}`",
@@ -160,7 +166,8 @@ def load_config(model: "ModelSection") -> "PretrainedConfig":
                 f"`{key}` is not in the config of `{model.architecture}`",
                 _did_you_mean(key, known),
             )
-    return transformers.AutoConfig.for_model(model.architecture, **model.config)
+    config: PretrainedConfig = transformers.AutoConfig.for_model(model.architecture, **model.config)
+    return config
 
 
 def _loaded(key: str, source: str, load: Any) -> Any:

@@ -1,7 +1,6 @@
 """One rank's part of a run, from the resolved job to the saved model."""
 
 import json
-from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +25,8 @@ from memlaunch.strategies.bucketing import BucketedSampler, Packing
 from memlaunch.strategies.technique import Setup
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from memlaunch.launcher.resolve import ResolvedJob
@@ -69,11 +70,13 @@ def run(resolved: "ResolvedJob", folder: "RunDir", world: World) -> None:
     model = build(job.model, names, pad_token, job.training.seed)
     if job.data.batching.mode == "packed":
         check_packing(model, job.model.attention)
+    use_cache = getattr(model.config, "use_cache", None)
+    model.config.use_cache = False  # keys and values of earlier tokens have no use in training
     for technique in TECHNIQUES:
         technique.prepare_model(model, setup)
     stored = export.stored_dtypes(locate(job.model.path), model) if job.model.path else {}
     casts = precision.engine_casts(setup.precision)
-    untouched = export.Untouched(model, stored, casts, world)
+    untouched = export.Untouched(model, stored, casts, use_cache, world)
     everything, trainable = parameter_count(model)
     ignored = optimizer.useless_overrides(model, setup.optimizer)
     torch.manual_seed(job.training.seed + world.rank)  # dropout differs between ranks
@@ -189,7 +192,7 @@ def _batches(
 
 
 def _eval_micro_batch_size(resolved: "ResolvedJob", longest: int) -> int:
-    """As the job says; else twice the micro-batch, or as many of the longest sample as the token budget holds."""
+    """As the job says; else twice the micro-batch, or as many longest samples as the token budget holds."""
     if resolved.job.training.eval_micro_batch_size is not None:
         return resolved.job.training.eval_micro_batch_size
     if resolved.job.data.batching.max_tokens is not None:

@@ -70,7 +70,7 @@ class Tokens:
         return {name: chunk.column(name)[index % CHUNK].values.to_numpy() for name in self.fields}
 
     def packing(self, max_length: int, seed: int, epoch: int) -> Packing:
-        """Whole samples in blocks of ``max_length`` tokens for one epoch, memory-mapped; made once on a machine."""
+        """Whole samples in blocks of ``max_length`` tokens for one epoch; made once, memory-mapped."""
         folder = self._folder / f"packing-{max_length}-{seed}-{epoch}"
 
         def write(staging: Path) -> None:
@@ -129,7 +129,7 @@ def _key(
         "layout": LAYOUT,
         "source": source,
         "files": [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files],
-        "columns": [data.text, data.label],
+        "columns": [data.text, label_column(data)],
         "task": task,
         "max_length": max_length,
         "tokenizer": _fingerprint(tokenizer),
@@ -164,7 +164,7 @@ def _write(
             for line, record in batch:
                 _check_columns(source, line, record, data, split, task)
                 if task == "sequence-classification":
-                    label = _label(source, line, record[data.label], data, split)
+                    label = _label(source, line, record[label_column(data)], data, split)
                     if label not in seen:
                         lines.append(line)
                     codes.append(seen.setdefault(label, len(seen)))
@@ -213,12 +213,12 @@ def _check_columns(
                 f"`{column}` {what}",
                 "the columns are " + ", ".join(f"`{name}`" for name in record),
             )
-    if task == "sequence-classification" and record.get(data.label) is None:
+    if task == "sequence-classification" and record.get(label_column(data)) is None:
         raise records.bad_line(
             source,
             line,
             f"data.{split}",
-            f"`{data.label}` is missing",
+            f"`{label_column(data)}` is missing",
             "the columns are " + ", ".join(f"`{name}`" for name in record),
         )
 
@@ -232,7 +232,7 @@ def _label(source: str, line: int, value: Any, data: "DataSection", split: str) 
         source,
         line,
         f"data.{split}",
-        f"the label `{data.label}` is {value!r}",
+        f"the label `{label_column(data)}` is {value!r}",
         "a class is a name or a whole number from 0",
     )
 
@@ -240,6 +240,11 @@ def _label(source: str, line: int, value: Any, data: "DataSection", split: str) 
 def text_columns(data: "DataSection") -> Sequence[str]:
     """The one or two text columns of the job."""
     return [data.text] if isinstance(data.text, str) else data.text
+
+
+def label_column(data: "DataSection") -> str:
+    """The column of the class."""
+    return data.label or "label"
 
 
 def _tokenise(
@@ -339,7 +344,8 @@ def class_ids(tokens: Tokens, classes: Sequence[str], key: str) -> np.ndarray[An
             )
         ids.append(known[str(value)])
     assert tokens.codes is not None
-    return np.array(ids, dtype=np.int64)[tokens.codes]
+    classes_of_samples: np.ndarray[Any, np.dtype[np.int64]] = np.array(ids, dtype=np.int64)[tokens.codes]
+    return classes_of_samples
 
 
 def summary(tokens: Tokens) -> dict[str, Any]:
