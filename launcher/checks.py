@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from memlaunch.launcher import data_files, model_files
-from memlaunch.launcher.errors import BadPath
 from memlaunch.launcher.job import Job, batch_of, setup_of
 from memlaunch.launcher.keys import KeyPath, closest, dotted
-from memlaunch.launcher.source import kind_of
+from memlaunch.launcher.paths import BadPath, beside, kind
+from memlaunch.launcher.scanner import kind_of
 from memlaunch.strategies import TECHNIQUES, patterns
 from memlaunch.strategies.accumulation import Batch, BatchError
 from memlaunch.strategies.freezing import no_match
@@ -440,13 +440,15 @@ def _check_cluster(job: Job, base: Path) -> Iterator[Conflict]:
             ours = _OWN_VARIABLES[name]
             hint = f"use `{ours}`" if ours else "remove it"
             yield Conflict(dotted(("cluster", "env", name)), f"the launcher sets `{name}` itself", hint)
-    folder = Path(base, job.output.dir).expanduser().absolute()
-    for path in (folder, *folder.parents):
-        if path.exists():
-            if not path.is_dir():
-                what = "is a file" if path == folder else f"lies below the file `{path.name}`"
-                yield Conflict("output.dir", f"`{job.output.dir}` {what}", "name a folder")
-            break
+    folder = beside(job.output.dir, base)
+    try:
+        file = next((path for path in (folder, *folder.parents) if kind(path) == "file"), None)
+    except BadPath as error:
+        yield Conflict("output.dir", str(error), error.hint)
+    else:
+        if file is not None:
+            what = "is a file" if file == folder else f"lies below the file `{file.name}`"
+            yield Conflict("output.dir", f"`{job.output.dir}` {what}", "name a folder")
 
 
 def positions(job: Job, base: Path) -> int | None:

@@ -169,7 +169,10 @@ def _deep_check(job: "Job", base: Path) -> "Iterable[Conflict]":
 
 
 def _ask(question: str, default: str | None) -> str:
-    answer: str = typer.prompt(question, default=default, err=True)
+    try:
+        answer: str = typer.prompt(question, default=default, err=True)
+    except typer.Abort:  # what typer makes of Ctrl-C here, with an exit code of 1
+        raise KeyboardInterrupt from None
     return answer
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from memlaunch.launcher.errors import BadPath
 from memlaunch.launcher.keys import closest
+from memlaunch.launcher.paths import BadPath, beside, kind
 
 _HUB_SPLIT = re.compile(r"[\w.-]+(/[\w.-]+)?:[\w.+-]+(\[[^\]]*\])?")
 
@@ -21,16 +21,17 @@ def locate(path: str, base: Path = Path()) -> Path | None:
     Raises:
         BadPath: there is no such file, or none that can be read.
     """
-    file = base / Path(path).expanduser()
+    file = beside(path, base)
+    found = kind(file)
     if file.suffix.lower() in _READERS:
-        if file.is_file():
+        if found == "file":
             return file
-        if file.is_dir():
+        if found == "folder":
             raise BadPath(f"`{path}` is a folder", "give a file, or a folder saved by `datasets`")
         raise BadPath(f"there is no file `{path}`", _files_near(path, file))
-    if file.is_dir():
+    if found == "folder":
         return file
-    if file.exists():
+    if found == "file":
         hint = "a file ends in `.jsonl`, `.csv` or `.parquet`"
         if file.suffix == ".json":
             hint = "write one object a line and call it `.jsonl`"
@@ -66,7 +67,7 @@ def _json_lines(file: Path) -> Record:
                 continue
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 hint = "each line is one object, `{...}`"
                 if line.strip() in (b"[", b"{"):
                     hint = "write each record in one line, without a list around them"

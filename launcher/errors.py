@@ -78,14 +78,6 @@ class UserError(Exception):
         return "\n".join(_with_hint([f"{_error(colour)} {_printable(self.message)}"], self.hint, colour))
 
 
-class BadPath(ValueError):
-    """A path that does not lead to what it should; ``hint`` says what to do about it."""
-
-    def __init__(self, message: str, hint: str) -> None:
-        super().__init__(message)
-        self.hint = hint
-
-
 def render(problem: Problem, colour: bool = False) -> str:
     """One problem: its place, its source line with a caret line below, its hint."""
     at = f"{problem.source}:{problem.line}:{problem.column}:" if problem.line else f"{problem.source}:"

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from memlaunch.launcher import data_files, resolve
-from memlaunch.launcher.errors import BadPath, UserError
+from memlaunch.launcher import data_files, model_files, resolve
+from memlaunch.launcher.errors import UserError
 from memlaunch.launcher.job import Task
+from memlaunch.launcher.paths import BadPath
 
 #: (question, default) -> answer.
 Ask = Callable[[str, str | None], str]
@@ -79,7 +80,7 @@ def first_job(answers: Answers, ask: Ask) -> dict[str, Any]:
     task = answers.task or _choose_task(labels, ask)
     data: dict[str, Any] = {"train": _relative(answers.data, file, answers.out)}
     if file is not None and (held_out := _held_out(file)) is not None:
-        data["eval"] = _relative(str(held_out), held_out, answers.out)
+        data["eval"] = _relative(answers.data, held_out, answers.out)
     if record:
         data["text"] = _column("text", _TEXTS, texts, list(record), ask)
         if task == "sequence-classification":
@@ -88,7 +89,7 @@ def first_job(answers: Answers, ask: Ask) -> dict[str, Any]:
     model = answers.model or ask("Model (Hugging Face id, folder, or package:NAME/FOLDER)", _MODELS.get(task))
     gpus = resolve.gpus() if answers.gpus is None else answers.gpus
     return {
-        "model": {"path": model, "task": task},
+        "model": {"path": _model(model, answers.out), "task": task},
         "data": data,
         "training": {"micro_batch_size": 8, "epochs": 1},
         "strategy": {
@@ -128,8 +129,16 @@ def _held_out(train: Path) -> Path | None:
     return next((path for name in names if (path := train.with_name(name)).exists()), None)
 
 
-def _relative(path: str, file: Path | None, out: Path) -> str:
-    """``path`` as a job file in ``out`` writes it."""
-    if file is None or file.is_absolute():
-        return path
-    return os.path.relpath(file, out.parent)
+def _relative(given: str, file: Path | None, out: Path) -> str:
+    """How the job file ``out`` writes ``file``: absolute or relative, as ``given`` is."""
+    if file is None:
+        return given
+    return str(file) if Path(given).is_absolute() else os.path.relpath(file, out.parent)
+
+
+def _model(given: str, out: Path) -> str:
+    try:
+        folder = None if given.startswith(model_files.PACKAGE) else model_files.locate(given)
+    except BadPath:
+        return given  # told where the job is checked
+    return _relative(given, folder, out)

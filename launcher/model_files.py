@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from memlaunch.launcher.errors import BadPath
 from memlaunch.launcher.keys import closest
+from memlaunch.launcher.paths import BadPath, beside, kind
 
 PACKAGE = "package:"
 
@@ -42,6 +42,21 @@ _TOKENIZERS = (
     "tokenizer.model",
     "sentencepiece.bpe.model",
 )
+#: Models whose first position is behind that of padding.
+_PADDING_FIRST = (
+    "camembert",
+    "data2vec-text",
+    "ibert",
+    "lilt",
+    "longformer",
+    "luke",
+    "mpnet",
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xmod",
+)
 #: A header of more bytes is no header.
 _MAX_HEADER = 100_000_000
 
@@ -71,13 +86,14 @@ def locate(path: str, base: Path = Path()) -> Path | None:
     """
     if path.startswith(PACKAGE):
         return _in_package(path.removeprefix(PACKAGE))
-    folder = base / Path(path).expanduser()
-    if folder.is_dir():
+    folder = beside(path, base)
+    found = kind(folder)
+    if found == "folder":
         return folder
-    if folder.exists():
+    if found == "file":
         raise BadPath(f"`{path}` is a file, not a folder", "give the folder that holds `config.json`")
-    beside = "/" in path and (base / path.split("/", 1)[0]).is_dir()
-    if path.startswith((".", "/", "~")) or beside or not _HUB_ID.fullmatch(path):
+    in_a_folder_here = "/" in path and kind(base / path.split("/", 1)[0]) == "folder"
+    if path.startswith((".", "/", "~")) or in_a_folder_here or not _HUB_ID.fullmatch(path):
         raise BadPath(f"there is no folder `{path}`", _folders_near(path, folder))
     return None
 
@@ -108,7 +124,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads((folder / "config.json").read_bytes())
     except FileNotFoundError:
         raise BadPath("holds no model: there is no `config.json` in it", _models_below(folder)) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BadPath(
             f"has a `config.json` that cannot be read: {error}", "download the model again"
         ) from None
@@ -128,7 +144,11 @@ def max_length(tokenizer: Path) -> int | None:
 
 def positions(folder: Path) -> int | None:
     """How many positions the model in the folder has, where its config says so."""
-    found = read_config(folder).get("max_position_embeddings")
+    config = read_config(folder)
+    found = config.get("max_position_embeddings")
+    if config["model_type"] in _PADDING_FIRST:
+        padding = config.get("pad_token_id", 1)
+        found = found - padding - 1 if isinstance(found, int) and isinstance(padding, int) else None
     return found if isinstance(found, int) and found > 0 else None
 
 

@@ -11,6 +11,7 @@ from memlaunch.launcher import checks, data_files, model_files, schema, source
 from memlaunch.launcher.errors import Problem, UserError, in_order
 from memlaunch.launcher.job import Job, batch_of, setup_of
 from memlaunch.launcher.keys import KeyPath, is_in, parse
+from memlaunch.launcher.paths import beside
 from memlaunch.launcher.source import Document
 from memlaunch.strategies.accumulation import Batch
 from memlaunch.strategies.settings import Settings
@@ -26,7 +27,7 @@ class ResolvedJob:
 
     Attributes:
         job: the job: absolute paths, batch sizes, ranks and threads filled in.
-        batch: its batch sizes, in samples (or packed blocks); under a token budget only the global one counts.
+        batch: its batch sizes; under a token budget only the global one counts.
         world_size: ranks.
         threads_per_rank: CPU threads of each.
     """
@@ -68,7 +69,11 @@ def load(path: Path, sets: Sequence[str] = (), then: Check | None = None) -> Res
     Raises:
         UserError: with everything that is wrong.
     """
-    document = source.read(path, sets, schema.shorthands(Job))
+    return from_document(source.read(path, sets, schema.shorthands(Job)), path, then)
+
+
+def from_document(document: Document, path: Path, then: Check | None = None) -> ResolvedJob:
+    """As :func:`load`, for a document that is read already, from ``path``."""
     checked = schema.check(document, Job)
     problems = [*document.problems, *checked.problems]
     base = path.absolute().parent
@@ -83,18 +88,18 @@ def load(path: Path, sets: Sequence[str] = (), then: Check | None = None) -> Res
 
 
 def _strategy(job: Job) -> list[str]:
+    """The strategy in a few words."""
     strategy = job.strategy
-    parts = [f"DeepSpeed ZeRO-{strategy.zero.stage}" if strategy.engine == "deepspeed" else "torch DDP"]
+    words = [f"DeepSpeed ZeRO-{strategy.zero.stage}" if strategy.engine == "deepspeed" else "torch DDP"]
     offloaded = [n for n in ("optimizer", "parameters") if getattr(strategy.zero, f"offload_{n}") != "none"]
     if offloaded:
-        parts.append(f"{' and '.join(offloaded)} offloaded")
-    parts.append(strategy.precision.dtype)
-    parts.append(f"{strategy.optimizer.bits}-bit AdamW")
+        words.append(f"{' and '.join(offloaded)} offloaded")
+    words += [strategy.precision.dtype, f"{strategy.optimizer.bits}-bit AdamW"]
     if strategy.activation_checkpointing.mode != "none":
-        parts.append(f"{strategy.activation_checkpointing.mode} checkpointing")
+        words.append(f"{strategy.activation_checkpointing.mode} checkpointing")
     if strategy.freeze:
-        parts.append(f"{', '.join(f'`{pattern}`' for pattern in strategy.freeze)} frozen")
-    return parts
+        words.append(f"{', '.join(f'`{pattern}`' for pattern in strategy.freeze)} frozen")
+    return words
 
 
 def _located(
@@ -153,7 +158,7 @@ def resolve(job: Job, *, base: Path, name: str) -> ResolvedJob:
                 or (None if by_tokens else 2 * batch.micro_batch_size),
             ),
             cluster=_with(job.cluster, gpus_per_node=ranks, threads_per_rank=threads),
-            output=_with(job.output, dir=_absolute(job.output.dir, base)),
+            output=_with(job.output, dir=str(beside(job.output.dir, base))),
         ),
         batch=batch,
         world_size=ranks,
@@ -211,16 +216,11 @@ def _tokenizer_limit(job: Job, base: Path) -> int | None:
 def _model_path(path: str | None, base: Path) -> str | None:
     if path is None or path.startswith(model_files.PACKAGE):
         return path
-    return path if model_files.locate(path, base) is None else _absolute(path, base)
+    return path if model_files.locate(path, base) is None else str(beside(path, base))
 
 
 def _data_path(path: str, base: Path) -> str:
-    return path if data_files.locate(path, base) is None else _absolute(path, base)
-
-
-def _absolute(path: str, base: Path) -> str:
-    # Not Path.resolve(): a link stays a link. Not Path.absolute(): `..` should not stay.
-    return os.path.abspath(base / Path(path).expanduser())  # noqa: PTH100
+    return path if data_files.locate(path, base) is None else str(beside(path, base))
 
 
 def _with(section: Section, **values: Any) -> Section:

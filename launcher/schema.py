@@ -19,7 +19,8 @@ from pydantic_core import ErrorDetails
 
 from memlaunch.launcher.errors import Problem
 from memlaunch.launcher.keys import KeyPath, closest, dotted
-from memlaunch.launcher.source import Document, kind_of
+from memlaunch.launcher.scanner import kind_of
+from memlaunch.launcher.source import Document
 from memlaunch.strategies.settings import Settings
 
 Model = TypeVar("Model", bound=Settings)
@@ -334,7 +335,9 @@ def _hint_for_type(
             return f"write {str(bool(given)).lower()}"
         if "string_type" in kinds:
             return f'write "{_show(given)}", with quotes'
-    return None
+    section = _section_at(model, path[:-1])
+    field = _fields(section).get(str(path[-1])) if section is not None and path else None
+    return f"write it such as `{_show(field.examples[0])}`" if field is not None and field.examples else None
 
 
 def _choices(error: ErrorDetails) -> Iterator[str | int]:

@@ -1,8 +1,8 @@
 """``python -m memlaunch.deploy.testbed``: a test cluster from the command line."""
 
 import argparse
-import os
 import sys
+from pathlib import Path
 
 from memlaunch.deploy.testbed import cluster
 from memlaunch.deploy.testbed.cluster import Cluster, TestbedError
@@ -44,9 +44,18 @@ def _do(arguments: argparse.Namespace) -> int:
     elif arguments.command == "down":
         cluster.down(arguments.folder)
     elif arguments.command == "on":
-        return Cluster(arguments.folder).start(
-            arguments.node, arguments.argv, cwd=os.getcwd(), stdin=sys.stdin, stdout=sys.stdout, stderr=sys.stderr
-        ).wait()
+        return (
+            Cluster(arguments.folder)
+            .start(
+                arguments.node,
+                arguments.argv,
+                cwd=Path.cwd(),
+                stdin=sys.stdin,
+                stdout=sys.stdout,
+                stderr=sys.stderr,
+            )
+            .wait()
+        )
     else:
         getattr(Cluster(arguments.folder), arguments.command)(arguments.node)
     return 0

@@ -59,14 +59,23 @@ def missing() -> str | None:
 
 
 class NodeProcess(subprocess.Popen[str]):
-    """A program that runs on a node; signals go to it, not to what carried it there."""
+    """A program that runs on a node; it is killed where a ``with`` block ends before it does.
+
+    Signals go to the program, not to what carried it there.
+    """
 
     def send_signal(self, sig: int) -> None:
         """Send ``sig`` to the program; nothing happens if it has ended."""
-        if self.poll() is None:
-            for child in psutil.Process(self.pid).children():
+        while self.poll() is None:
+            if program := psutil.Process(self.pid).children():
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    child.send_signal(sig)
+                    program[0].send_signal(sig)
+                return
+            time.sleep(0.01)  # it is on its way
+
+    def __exit__(self, *error: Any) -> None:
+        self.kill()
+        super().__exit__(*error)
 
 
 class Cluster:
@@ -109,7 +118,7 @@ class Cluster:
 
     @classmethod
     def up(cls, folder: str | Path, nodes: int = 2, *, bound: bool = False) -> "Cluster":
-        """Bring up a cluster of ``nodes`` compute nodes and a login node; one that is in ``folder`` goes first.
+        """Bring up a login node and ``nodes`` compute nodes; a cluster that is in ``folder`` goes first.
 
         Args:
             bound: it ends with the thread that called, however that ends.
@@ -132,6 +141,8 @@ class Cluster:
             for name in (HEAD, *names):
                 cluster._start_node(name)
             cluster._wait_for_slurm()
+        except TestbedError as error:
+            raise TestbedError(f"{error}\n{cluster._last_words()}") from None
         except BaseException:
             cluster.down()
             raise
@@ -174,7 +185,9 @@ class Cluster:
             TestbedError: it failed, and ``check`` is true; what it printed is in the message.
             subprocess.TimeoutExpired: it took longer than ``timeout`` seconds, and has been killed.
         """
-        with self.start(node, argv, env=env, cwd=cwd, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        with self.start(
+            node, argv, env=env, cwd=cwd, stdin=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as process:
             try:
                 output, errors = process.communicate(input, timeout)
             except BaseException:
@@ -234,9 +247,11 @@ class Cluster:
     # Inside
 
     def _start_switch(self, bound: bool) -> None:
-        """The first process of the cluster, from whose end all others end, and the bridge that joins the nodes."""
+        """The first process of the cluster, with which all others end, and the bridge of the nodes."""
         binding = ["setpriv", "--pdeathsig", "KILL"] if bound else []
-        self._carry(_SWITCH, [*binding, "unshare", "--pid", "--net", "--fork", "--kill-child", "sh", "-c", _IDLE])
+        self._carry(
+            _SWITCH, [*binding, "unshare", "--pid", "--net", "--fork", "--kill-child", "sh", "-c", _IDLE]
+        )
         self._ip("link", "add", "bridge", "type", "bridge")
         self._ip("link", "set", "bridge", "up")
 
@@ -249,7 +264,12 @@ class Cluster:
         self._carry(name, [*inside, *apart, "sh", str(script), str(self.folder), name], ready)
         self._join(name)
         daemons = [
-            ["munged", "--force", f"--key-file={self.folder}/etc/munge.key", f"--log-file={self.folder}/log/munged.{name}"],
+            [
+                "munged",
+                "--force",
+                f"--key-file={self.folder}/etc/munge.key",
+                f"--log-file={self.folder}/log/munged.{name}",
+            ],
             ["/usr/sbin/sshd", "-E", f"{self.folder}/log/sshd.{name}"],
             ["slurmctld" if name == HEAD else "slurmd", "-L", f"{self.folder}/log/slurm.{name}"],
         ]
@@ -268,7 +288,9 @@ class Cluster:
         inside = ["nsenter", f"--target={self._first(name).pid}", "--net", "ip"]
         with contextlib.suppress(TestbedError):
             self._ip("link", "delete", name)  # of the node before it was stopped
-        self._ip("link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", str(self._first(name).pid))
+        self._ip(
+            "link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", str(self._first(name).pid)
+        )
         self._ip("link", "set", name, "master", "bridge", "up")
         _run([*inside, "address", "add", f"{_address(name)}/24", "dev", "eth0"])
         _run([*inside, "link", "set", "eth0", "up"])
@@ -288,6 +310,14 @@ class Cluster:
                 break
         self._state["first"][name] = [inner[-1].pid, inner[-1].create_time()]
         self._save()
+
+    def _last_words(self) -> str:
+        """The ends of the logs of a cluster that did not come up, which goes down."""
+        logs = {
+            path: path.read_text(errors="replace").splitlines()[-5:] for path in self.folder.glob("log/*")
+        }
+        self.down()
+        return "\n".join(f"{path.name}: {line}" for path, lines in sorted(logs.items()) for line in lines)
 
     def _first(self, name: str) -> psutil.Process:
         """The first process of a node. Raises TestbedError: it has ended."""
@@ -312,7 +342,16 @@ class Cluster:
         return [process for process in psutil.process_iter() if _namespace(process) == namespace]
 
     def _inside(self, node: str) -> list[str]:
-        return ["nsenter", f"--target={self._first(node).pid}", "--pid", "--net", "--uts", "--mount", "--wdns=/", "--"]
+        return [
+            "nsenter",
+            f"--target={self._first(node).pid}",
+            "--pid",
+            "--net",
+            "--uts",
+            "--mount",
+            "--wdns=/",
+            "--",
+        ]
 
     def _ip(self, *arguments: str) -> None:
         _run(["nsenter", f"--target={self._first(_SWITCH).pid}", "--net", "ip", *arguments])
@@ -320,7 +359,9 @@ class Cluster:
     def _wait_for_slurm(self) -> None:
         expected = sum(self._runs(node) for node in self.nodes)
         for _ in _patience("SLURM did not come up"):
-            states = self.on(HEAD, ["sinfo", "--noheader", "--Node", "--format=%T"], check=False).stdout.split()
+            states = self.on(
+                HEAD, ["sinfo", "--noheader", "--Node", "--format=%T"], check=False
+            ).stdout.split()
             if sum(state in ("idle", "mixed", "allocated") for state in states) >= expected:
                 return
 
@@ -377,7 +418,7 @@ def _address(name: str) -> str:
 
 def _namespace(process: psutil.Process) -> str | None:
     with contextlib.suppress(OSError):
-        return os.readlink(f"/proc/{process.pid}/ns/pid")
+        return str(Path(f"/proc/{process.pid}/ns/pid").readlink())
     return None
 
 

@@ -22,7 +22,9 @@ def hostfile(nodes: Sequence[str], slots: int) -> str:
 def passwd(text: str, home: str) -> str:
     """``/etc/passwd`` as it is in ``text``, with root at home in ``home``."""
     users = (line.split(":") for line in text.splitlines())
-    return "".join(":".join([*user[:5], home, user[6]] if user[0] == "root" else user) + "\n" for user in users)
+    return "".join(
+        ":".join([*user[:5], home, user[6]] if user[0] == "root" else user) + "\n" for user in users
+    )
 
 
 def sshd_config() -> str:
@@ -80,7 +82,7 @@ PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 
 def gres_conf() -> str:
-    """``/etc/slurm/gres.conf``: GPUs that can be counted and given out, though there is nothing behind them."""
+    """``/etc/slurm/gres.conf``: GPUs to be counted and given out, with nothing behind them."""
     return "AutoDetect=off\nName=gpu File=/dev/zero\nName=gpu File=/dev/full\n"
 
 

@@ -68,10 +68,10 @@ def run(resolved: "ResolvedJob", folder: "RunDir", world: World) -> None:
     eval_batches = collate(heldout, "data.eval") if heldout is not None else None
 
     model = build(job.model, names, pad_token, job.training.seed)
-    if job.data.batching.mode == "packed":
-        check_packing(model, job.model.attention)
     use_cache = getattr(model.config, "use_cache", None)
     model.config.use_cache = False  # keys and values of earlier tokens have no use in training
+    if job.data.batching.mode == "packed":
+        check_packing(model, job.model.attention)
     for technique in TECHNIQUES:
         technique.prepare_model(model, setup)
     stored = export.stored_dtypes(locate(job.model.path), model) if job.model.path else {}

@@ -70,16 +70,8 @@ class Tokens:
         return {name: chunk.column(name)[index % CHUNK].values.to_numpy() for name in self.fields}
 
     def packing(self, max_length: int, seed: int, epoch: int) -> Packing:
-        """Whole samples in blocks of ``max_length`` tokens for one epoch; made once, memory-mapped."""
-        folder = self._folder / f"packing-{max_length}-{seed}-{epoch}"
-
-        def write(staging: Path) -> None:
-            packed = pack(self.lengths, max_length, seed=seed, epoch=epoch)
-            for name, values in packed._asdict().items():
-                np.save(staging / f"{name}.npy", values)
-
-        _once(folder, write)
-        return Packing(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in Packing._fields))
+        """Whole samples in blocks of ``max_length`` tokens for one epoch."""
+        return packing_of(self._folder, self.lengths, max_length, seed, epoch)
 
 
 def prepare(
@@ -97,6 +89,20 @@ def prepare(
     folder = _cache_root() / _key(data, source, tokenizer, task, max_length)
     _once(folder, lambda staging: _write(staging, data, split, source, tokenizer, task, max_length))
     return Tokens(folder)
+
+
+def packing_of(
+    folder: Path, lengths: np.ndarray[Any, Any], max_length: int, seed: int, epoch: int
+) -> Packing:
+    """:func:`memlaunch.strategies.bucketing.pack`, made once on a machine below ``folder``, memory-mapped."""
+
+    def write(staging: Path) -> None:
+        for name, values in pack(lengths, max_length, seed=seed, epoch=epoch)._asdict().items():
+            np.save(staging / f"{name}.npy", values)
+
+    made = folder / f"packing-{max_length}-{seed}-{epoch}"
+    _once(made, write)
+    return Packing(*(np.load(made / f"{name}.npy", mmap_mode="r") for name in Packing._fields))
 
 
 def _once(folder: Path, write: Callable[[Path], None]) -> None:
