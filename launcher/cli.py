@@ -76,12 +76,13 @@ def run(
     """Train. Prints the run folder last."""
     from memlaunch.launcher import launch, resolve, translate
 
-    resolved = resolve.load(job, sets or ())
+    document = resolve.read(job, sets or ())
+    resolved = resolve.from_document(document, job)
     if dry_run:
         for name, text in translate.files(resolved).items():
             print(f"==> {name} <==\n{text}")
         return
-    raise typer.Exit(launch.run(resolved, job))
+    raise typer.Exit(launch.run(resolved, document))
 
 
 @app.command()
@@ -109,6 +110,17 @@ def validate(
         print(json.dumps(report, indent=2, ensure_ascii=False))
     else:
         print(f"{job} is valid: {resolved.summary()}", file=sys.stderr)
+
+
+@app.command()
+def plan(job: JobFile, sets: Sets = None, as_json: AsJson = False) -> None:
+    """Work out what a run will be like: its batches over the job's own data."""
+    from memlaunch.launcher import plan as planning
+    from memlaunch.launcher import resolve
+
+    document = resolve.read(job, sets or ())
+    figures = planning.batches(resolve.from_document(document, job), document)
+    print(json.dumps({"batches": figures}, indent=2) if as_json else planning.table(figures))
 
 
 @app.command()

@@ -1,7 +1,7 @@
 """The hostfile: which machines there are, and how many ranks each of them runs.
 
-The syntax is DeepSpeed's, ``worker-1 slots=8`` a line, read strictly: where DeepSpeed takes ``slots=4x`` for 4
-or ``worker-1:22`` for a name, there is an error here. Comments begin at ``#``; blank lines mean nothing.
+The syntax is DeepSpeed's, ``worker-1 slots=8`` a line, read strictly: where DeepSpeed takes ``slots=4x`` for
+4, or ``worker-1:22`` for a name, there is an error here. Comments begin at ``#``; blank lines mean nothing.
 """
 
 import re
@@ -85,7 +85,7 @@ def parse(text: str, source: str = "hostfile") -> tuple[Host, ...]:
 
 
 def select(hosts: Sequence[Host], include: str = "", exclude: str = "") -> tuple[Host, ...]:
-    """The hosts and slots that ``include`` names, or all but those that ``exclude`` names, in their own order.
+    """The hosts and slots that ``include`` names, or all but those that ``exclude`` names; the order stays.
 
     Either is written ``worker-1@worker-2:0,2``: all slots of one host, and the slots 0 and 2 of another.
 
@@ -125,8 +125,9 @@ def _mistakes(words: Sequence[re.Match[str]]) -> Iterator[tuple[re.Match[str], s
     if not is_host_name(name):
         hint = None
         if name.startswith("slots="):
-            hint = _EXAMPLE
-        elif ":" in name or "@" in name:
+            yield words[0], "the name of the host is missing", _EXAMPLE
+            return
+        if ":" in name or "@" in name:
             hint = "a user or a port is set in `~/.ssh/config`, or in `cluster.ssh_options`"
         elif "[" in name:
             hint = "each machine has a line of its own"

@@ -9,11 +9,12 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from memlaunch.launcher import errors, keys, rundir, source, translate
+from memlaunch.launcher import errors, rundir, translate
 from memlaunch.launcher.monitor import Monitor
 
 if TYPE_CHECKING:
     from memlaunch.launcher.resolve import ResolvedJob
+    from memlaunch.launcher.source import Document
 
 EXIT_FAILED = 5
 EXIT_STOPPED = 75
@@ -23,20 +24,20 @@ EXIT_INTERRUPTED = 130
 TAIL = 15
 
 
-def run(resolved: "ResolvedJob", job_path: Path) -> int:
-    """Train the job on this machine in a new run folder, whose path is printed last; the exit code."""
+def run(resolved: "ResolvedJob", document: "Document") -> int:
+    """Train the job in ``document`` in a new run folder, whose path is printed last; the exit code."""
     folder = rundir.create(Path(resolved.job.output.dir), resolved.job.name)
-    folder.job.write_bytes(job_path.read_bytes())
+    folder.job.write_text(document.text, encoding="utf-8")
     folder.place(translate.files(resolved))
-    code = follow(["bash", str(folder.command)], folder, job_path)
+    code = follow(["bash", str(folder.command)], folder, document)
     print(folder.path)
     return code
 
 
-def follow(argv: list[str], folder: rundir.RunDir, job_path: Path) -> int:
+def follow(argv: list[str], folder: rundir.RunDir, document: "Document") -> int:
     """Run ``argv``, which starts the ranks of the run in ``folder``, to its end; the exit code.
 
-    A mistake in the job that only a rank can find is shown where it stands in ``job_path``.
+    A mistake in the job that only a rank can find is shown where it stands in ``document``.
 
     The first SIGINT or SIGTERM asks the ranks to end, the second ends them at once.
     """
@@ -62,7 +63,7 @@ def follow(argv: list[str], folder: rundir.RunDir, job_path: Path) -> int:
     failure = monitor.failure
     if process.returncode == 0 and failure is None:
         return 0
-    print(_explanation(folder, job_path, failure), file=sys.stderr)
+    print(_explanation(folder, document, failure), file=sys.stderr)
     return int(failure["exit_code"]) if failure else EXIT_FAILED
 
 
@@ -105,7 +106,7 @@ class _Interrupts:
                     child.kill()
 
 
-def _explanation(folder: rundir.RunDir, job_path: Path, failure: dict[str, Any] | None) -> str:
+def _explanation(folder: rundir.RunDir, document: "Document", failure: dict[str, Any] | None) -> str:
     """What ended the run: the words of the first rank that failed, or the ends of the logs."""
     if failure is None:
         tails = [_tail(log) for log in (folder.rank_log(0), folder.launcher_log) if log.exists()]
@@ -113,9 +114,7 @@ def _explanation(folder: rundir.RunDir, job_path: Path, failure: dict[str, Any] 
     log = f"log: {folder.rank_log(failure['rank'])}"
     if "key" not in failure:
         return f"rank {failure['rank']}: error: {failure['message']}\nhint: {failure['hint']}\n{log}"
-    document, key = source.read(job_path), keys.parse(failure["key"])
-    at = document.anchor(key) or key
-    problem = document.problem(at, f"{failure['key']}: {failure['message']}", failure["hint"])
+    problem = document.finding(failure["key"], failure["message"], failure["hint"])
     return f"{errors.render(problem, errors.wants_colour())}\n{log}"
 
 

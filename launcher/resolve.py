@@ -69,7 +69,16 @@ def load(path: Path, sets: Sequence[str] = (), then: Check | None = None) -> Res
     Raises:
         UserError: with everything that is wrong.
     """
-    return from_document(source.read(path, sets, schema.shorthands(Job)), path, then)
+    return from_document(read(path, sets), path, then)
+
+
+def read(path: Path, sets: Sequence[str] = ()) -> Document:
+    """The job file ``path`` with ``--set`` arguments applied, for :func:`from_document`.
+
+    Raises:
+        UserError: there is no such file, or its text is too broken to say more about it.
+    """
+    return source.read(path, sets, schema.shorthands(Job))
 
 
 def from_document(document: Document, path: Path, then: Check | None = None) -> ResolvedJob:

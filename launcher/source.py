@@ -9,7 +9,7 @@ from typing import Any
 
 from memlaunch.launcher import keys
 from memlaunch.launcher.errors import Problem, UserError
-from memlaunch.launcher.keys import KeyPath, dotted
+from memlaunch.launcher.keys import KeyPath, dotted, parse
 from memlaunch.launcher.scanner import Scanner, Span, Stop, kind_of, problem_at
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -62,6 +62,11 @@ class Document:
         if at_key or (container and (inside or "\n" in self.text[span.start : span.end])):
             span = self.keys.get(path, Span(span.start, span.start + 1))
         return problem_at(self.name, self.text, span, message, hint, key)
+
+    def finding(self, key: str, message: str, hint: str) -> Problem:
+        """A problem about the dotted ``key`` that was found only in a rank."""
+        path = parse(key)
+        return self.problem(self.anchor(path) or path, f"{key}: {message}", hint)
 
     def _override(self, path: KeyPath) -> str | None:
         """The ``--set`` argument that gave ``path``, or that made the section it is."""

@@ -26,14 +26,26 @@ class PaddingSettings(Settings):
     )
 
 
-def padded_length(longest: int, settings: PaddingSettings, max_length: int) -> int:
-    """Tokens a row of a micro-batch whose longest sample has ``longest`` tokens.
+def padded_lengths(
+    longest: "npt.NDArray[Any]", settings: PaddingSettings, max_length: int
+) -> "npt.NDArray[Any]":
+    """Tokens a row of micro-batches whose longest samples have ``longest`` tokens, in the same shape.
 
     Rounding up stops at ``max_length``: beyond it a model may have no positions.
     """
-    length = max_length if settings.mode == "fixed" else longest
+    import numpy as np
+
+    length = np.full_like(longest, max_length) if settings.mode == "fixed" else longest
     step = settings.multiple_of
-    return min(-(-length // step) * step, max(max_length, longest))
+    widths: npt.NDArray[Any] = np.minimum(-(-length // step) * step, np.maximum(max_length, longest))
+    return widths
+
+
+def padded_length(longest: int, settings: PaddingSettings, max_length: int) -> int:
+    """:func:`padded_lengths` of one micro-batch."""
+    import numpy as np
+
+    return int(padded_lengths(np.array(longest), settings, max_length))
 
 
 def pad(

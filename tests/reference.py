@@ -63,7 +63,7 @@ def _loss(model: Any, tokenizer: Any, records: list[dict[str, Any]], max_length:
     # Every token but the first of its sample is predicted; all of them weigh the same.
     losses = []
     for text in texts:
-        ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id][:max_length]
+        ids = tokenizer(text)["input_ids"][:max_length]
         row = torch.tensor([ids])
         losses.append(
             torch.nn.functional.cross_entropy(model(row).logits[0, :-1], row[0, 1:], reduction="none")

@@ -200,3 +200,98 @@ def test_a_sample_of_the_matrix_equals_a_plain_loop(subject: Subject, size: int,
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_the_whole_matrix_equals_a_plain_loop(subject: Subject, size: int, tmp_path: Path) -> None:
     check(subject, CELLS, size, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def language(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> tuple[Path, Path]:
+    """A tiny GPT-2, and sentences without labels."""
+    folder = tmp_path_factory.mktemp("language")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder, eos_token="[SEP]")
+    torch.manual_seed(7)
+    model = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=len(tokenizer),
+            n_embd=32,
+            n_layer=2,
+            n_head=2,
+            n_positions=64,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+        )
+    )
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    data = folder / "train.jsonl"
+    records = [json.loads(line) for line in REVIEWS.read_text(encoding="utf-8").splitlines()[:SAMPLES]]
+    data.write_text("".join(json.dumps({"text": record["text"]}) + "\n" for record in records))
+    return folder / "model", data
+
+
+#: Batching of a causal language model, and the batch sizes that go with it.
+BATCHINGS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"mode": "bucketed", "bucket_size": BUCKET}, {"gradient_accumulation_steps": 3}),
+    ({"mode": "random"}, {"gradient_accumulation_steps": 1}),
+    ({"mode": "bucketed", "bucket_size": BUCKET, "max_tokens": 60}, {}),
+]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_every_token_of_a_causal_language_model_weighs_the_same(
+    language: tuple[Path, Path], size: int, tmp_path: Path
+) -> None:
+    model, data = language
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    texts = [json.loads(line)["text"] for line in data.read_text(encoding="utf-8").splitlines()]
+    lengths = torch.tensor([min(MAX_LENGTH, len(tokenizer(text)["input_ids"])) for text in texts]).numpy()
+    runs, expected = [], []
+    for (engine, stage), (batching, sizes) in product([("torch", 0), ("deepspeed", 3)], BATCHINGS):
+        path = tmp_path / f"{len(runs)}.json"
+        path.write_text(
+            json.dumps(
+                {
+                    "model": {"path": str(model), "task": "causal-lm"},
+                    "data": {"train": str(data), "max_length": MAX_LENGTH, "batching": batching},
+                    "training": {
+                        "global_batch_size": GLOBAL_BATCH,
+                        "max_steps": STEPS,
+                        "learning_rate": LEARNING_RATE,
+                        **sizes,
+                    },
+                    "strategy": {"engine": engine, "zero": {"stage": stage}},
+                    "cluster": {"gpus_per_node": size, "device": "cpu", "threads_per_rank": 1},
+                    "output": {"dir": str(tmp_path)},
+                }
+            )
+        )
+        resolved = resolve.load(path)
+        run = rundir.create(tmp_path, f"{len(runs)}")
+        run.place(translate.files(resolved))
+        runs.append(run)
+        sampler = BucketedSampler(
+            lengths,
+            global_batch_size=GLOBAL_BATCH,
+            micro_batch_size=None if "max_tokens" in batching else GLOBAL_BATCH,
+            world_size=1,
+            rank=0,
+            seed=42,
+            **batching,
+        )
+        batches = [sampler.step_samples(*divmod(step, sampler.steps_per_epoch)) for step in range(STEPS)]
+        losses, _ = reference.train(
+            model,
+            data,
+            batches,
+            auto=transformers.AutoModelForCausalLM,
+            max_length=MAX_LENGTH,
+            learning_rate=LEARNING_RATE,
+            weight_decay=0.01,
+            max_grad_norm=1.0,
+        )
+        expected.append(losses)
+    ranks.run(size, train_all, [run.path for run in runs])
+    for run, losses in zip(runs, expected, strict=True):
+        lines = [line for line, _ in rundir.read_lines(run.metrics)]
+        assert [line["loss"] for line in lines] == pytest.approx(losses, rel=1e-5)
+        budget = json.loads(run.resolved.read_text())["data"]["batching"]["max_tokens"]
+        assert budget is None or all(line["padded_tokens"] <= line["samples"] * budget for line in lines)

@@ -94,7 +94,7 @@ def test_a_run_leaves_a_folder_that_explains_it(job: dict[str, Any], tmp_path: P
     assert folder.ds_config.exists()
     assert folder.rank_log(0).exists()
     assert folder.rank_log(1).exists()
-    assert "truncated" in done.stderr
+    assert "samples were cut to max_length 24" in done.stderr
     loaded = transformers.AutoModelForSequenceClassification.from_pretrained(folder.model)
     assert loaded.config.num_labels == 2
 

@@ -242,6 +242,8 @@ class Cluster:
             self._ip("link", "set", node, "up")
         else:
             self._start_node(node)
+        # SLURM does not ask again after a node that it has written off.
+        self.on(HEAD, ["scontrol", "update", f"NodeName={node}", "State=RESUME"], check=False)
         self._wait_for_slurm()
 
     # Inside

@@ -106,8 +106,8 @@ def build(model: "ModelSection", labels: list[str] | None, pad_token: int, seed:
 def check_packing(model: "PreTrainedModel", attention: str) -> None:
     """See that samples packed into one row do not attend to each other, by a trial on the CPU.
 
-    Flash attention, which needs a GPU, is taken at its word. ``use_cache`` must be off: with a cache, models do
-    not look for packed samples.
+    Flash attention, which needs a GPU, is taken at its word. ``use_cache`` must be off: with a cache, models
+    do not look for packed samples.
 
     Raises:
         NotApplicable: the model makes no difference between packed samples.

@@ -1,5 +1,6 @@
 """One rank's part of a run, from the resolved job to the saved model."""
 
+import functools
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -8,32 +9,25 @@ import transformers
 
 from memlaunch.launcher.training import export, loop, tokens
 from memlaunch.launcher.training.batches import Collate, CollatePacked, MicroBatch, PackedSampler
+from memlaunch.launcher.training.data import Data, sampler
+from memlaunch.launcher.training.data import load as load_data
 from memlaunch.launcher.training.engine import Engine
-from memlaunch.launcher.training.errors import JobMismatch, TrainingFailed
-from memlaunch.launcher.training.model import (
-    build,
-    check_packing,
-    load_tokenizer,
-    locate,
-    parameter_count,
-)
+from memlaunch.launcher.training.errors import TrainingFailed
+from memlaunch.launcher.training.model import build, check_packing, locate, parameter_count
 from memlaunch.launcher.training.schedule import learning_rate
-from memlaunch.launcher.training.tasks import TASKS
+from memlaunch.launcher.training.tasks import TASKS, Task
 from memlaunch.launcher.training.world import World
 from memlaunch.strategies import TECHNIQUES, optimizer, precision
-from memlaunch.strategies.bucketing import BucketedSampler, Packing
 from memlaunch.strategies.technique import Setup
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from memlaunch.launcher.resolve import ResolvedJob
     from memlaunch.launcher.rundir import RunDir
-
-#: Where neither the job, the tokenizer nor the model says how long a sample may be.
-DEFAULT_MAX_LENGTH = 512
+    from memlaunch.strategies.padding import PaddingSettings
 
 
 def run(resolved: "ResolvedJob", folder: "RunDir", world: World) -> None:
@@ -51,23 +45,14 @@ def run(resolved: "ResolvedJob", folder: "RunDir", world: World) -> None:
         torch.use_deterministic_algorithms(True)
     task = TASKS[job.model.task]
 
-    tokenizer = load_tokenizer(job.model)
-    pad_token = _pad_token(tokenizer)
-    max_length = _max_length(resolved, tokenizer)
-    train = tokens.prepare(job.data, "train", tokenizer, job.model.task, max_length)
-    heldout = (
-        tokens.prepare(job.data, "eval", tokenizer, job.model.task, max_length) if job.data.eval else None
-    )
-    names = tokens.label_names(train, job.model.num_labels) if train.codes is not None else None
+    data = load_data(resolved)
+    names = tokens.label_names(data.train, job.model.num_labels) if data.train.codes is not None else None
+    collate = _collate(job.data.padding, data, data.train, "data.train", task, names)
+    eval_batches = None
+    if data.heldout is not None:
+        eval_batches = _collate(job.data.padding, data, data.heldout, "data.eval", task, names)
 
-    def collate(source: tokens.Tokens, key: str) -> Collate:
-        classes = tokens.class_ids(source, names, key) if names is not None else None
-        fill = {name: _fill_value(name, tokenizer, pad_token) for name in source.fields}
-        return Collate(source, task, job.data.padding, max_length, fill, classes)
-
-    eval_batches = collate(heldout, "data.eval") if heldout is not None else None
-
-    model = build(job.model, names, pad_token, job.training.seed)
+    model = build(job.model, names, data.pad_token, job.training.seed)
     use_cache = getattr(model.config, "use_cache", None)
     model.config.use_cache = False  # keys and values of earlier tokens have no use in training
     if job.data.batching.mode == "packed":
@@ -82,8 +67,8 @@ def run(resolved: "ResolvedJob", folder: "RunDir", world: World) -> None:
     torch.manual_seed(job.training.seed + world.rank)  # dropout differs between ranks
     engine = _start(model, setup, folder, world)
 
-    sampler, train_batches = _batches(resolved, train, collate(train, "data.train"), world, pad_token)
-    steps = job.training.max_steps or (job.training.epochs or 1) * sampler.steps_per_epoch
+    batches, train_collate = _training_batches(resolved, data, collate, world)
+    steps = job.training.max_steps or (job.training.epochs or 1) * batches.steps_per_epoch
     warmup = job.training.warmup_steps or round((job.training.warmup_ratio or 0) * steps)
     if world.is_main:
         for pattern in ignored:
@@ -91,9 +76,9 @@ def run(resolved: "ResolvedJob", folder: "RunDir", world: World) -> None:
                 "warning",
                 message=f"the override `{pattern}` matches frozen parameters only, and does nothing",
             )
-        for data in (train, heldout):
-            if data is not None:
-                folder.append_event("data", **tokens.summary(data), max_length=max_length)
+        for source in (data.train, data.heldout):
+            if source is not None:
+                folder.append_event("data", **tokens.summary(source), max_length=data.max_length)
         folder.append_event(
             "started",
             model=type(model).__name__,
@@ -102,7 +87,7 @@ def run(resolved: "ResolvedJob", folder: "RunDir", world: World) -> None:
             world_size=world.size,
             device=_device_name(world),
             steps=steps,
-            steps_per_epoch=sampler.steps_per_epoch,
+            steps_per_epoch=batches.steps_per_epoch,
             torch=torch.__version__,
             transformers=transformers.__version__,
         )
@@ -133,9 +118,9 @@ def run(resolved: "ResolvedJob", folder: "RunDir", world: World) -> None:
         after_first_step=verify,
     )
     loop.train(
-        engine, task, sampler, train_batches, plan, world, evaluate if eval_batches is not None else None
+        engine, task, batches, train_collate, plan, world, evaluate if eval_batches is not None else None
     )
-    export.save(engine, model, tokenizer, untouched, folder.model, world)
+    export.save(engine, model, data.tokenizer, untouched, folder.model, world)
     if world.is_main:
         folder.append_event("finished", steps=steps)
 
@@ -151,44 +136,30 @@ def _start(model: "PreTrainedModel", setup: Setup, folder: "RunDir", world: Worl
     return DeepSpeedEngine(model, setup, world, config)
 
 
-def _sampler(resolved: "ResolvedJob", train: tokens.Tokens, world: World, lengths: Any) -> BucketedSampler:
-    """The order of the job's batches over ``lengths``: those of the samples, or of packed blocks."""
-    batching = resolved.job.data.batching
-    by_tokens = batching.max_tokens is not None
-    try:
-        return BucketedSampler(
-            lengths,
-            global_batch_size=resolved.batch.global_batch_size,
-            micro_batch_size=None if by_tokens else resolved.batch.micro_batch_size,
-            world_size=world.size,
-            rank=world.rank,
-            seed=resolved.job.training.seed,
-            bucket_size=batching.bucket_size,
-            max_tokens=batching.max_tokens,
-            mode=batching.mode,
-            longest_first=batching.longest_first,
-            order=train.order if batching.mode == "bucketed" else None,
-        )
-    except ValueError as error:
-        raise JobMismatch(
-            "data.batching", str(error), "the longest samples decide; lower `data.max_length`"
-        ) from error
+def _collate(
+    padding: "PaddingSettings",
+    data: Data,
+    source: tokens.Tokens,
+    key: str,
+    task: Task,
+    names: "list[str] | None",
+) -> Collate:
+    """What makes micro-batches of ``source``; ``key`` is the key of the job that names it."""
+    classes = tokens.class_ids(source, names, key) if names is not None else None
+    fill = {name: data.fill(name) for name in source.fields}
+    return Collate(source, task, padding, data.max_length, fill, classes)
 
 
-def _batches(
-    resolved: "ResolvedJob", train: tokens.Tokens, whole: Collate, world: World, pad_token: int
+def _training_batches(
+    resolved: "ResolvedJob", data: Data, whole: Collate, world: World
 ) -> "tuple[loop.Sampler[Any], Callable[[Sequence[Any]], MicroBatch]]":
     """What deals the training data, and what makes micro-batches of it."""
-    data, seed = resolved.job.data, resolved.job.training.seed
-    if data.batching.mode != "packed":
-        return _sampler(resolved, train, world, train.lengths), whole
-
-    def packing(epoch: int) -> Packing:
-        return train.packing(whole.max_length, seed, epoch)
-
-    blocks = _sampler(resolved, train, world, packing(0).lengths)
-    collate = CollatePacked(train, data.padding, whole.max_length, pad_token)
-    return PackedSampler(blocks, packing), collate
+    dealt = sampler(resolved, data, world.size, world.rank)
+    if resolved.job.data.batching.mode != "packed":
+        return dealt, whole
+    packing = functools.partial(data.train.packing, data.max_length, resolved.job.training.seed)
+    packed = CollatePacked(data.train, resolved.job.data.padding, data.max_length, data.pad_token)
+    return PackedSampler(dealt, packing), packed
 
 
 def _eval_micro_batch_size(resolved: "ResolvedJob", longest: int) -> int:
@@ -198,26 +169,6 @@ def _eval_micro_batch_size(resolved: "ResolvedJob", longest: int) -> int:
     if resolved.job.data.batching.max_tokens is not None:
         return max(1, resolved.job.data.batching.max_tokens // longest)
     return 2 * resolved.batch.micro_batch_size
-
-
-def _max_length(resolved: "ResolvedJob", tokenizer: "PreTrainedTokenizerBase") -> int:
-    """The job's ``max_length``, or the tokenizer's where it has one (a huge number says that it has none)."""
-    if resolved.job.data.max_length is not None:
-        return resolved.job.data.max_length
-    limit = int(tokenizer.model_max_length)
-    return limit if limit < 1_000_000 else DEFAULT_MAX_LENGTH
-
-
-def _pad_token(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """The id to pad with; any will do where there is none, since the attention mask hides it."""
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if isinstance(token, int):
-            return token
-    return 0
-
-
-def _fill_value(field: str, tokenizer: "PreTrainedTokenizerBase", pad_token: int) -> int:
-    return {"input_ids": pad_token, "token_type_ids": int(tokenizer.pad_token_type_id)}.get(field, 0)
 
 
 def _device_name(world: World) -> str:

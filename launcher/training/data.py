@@ -1,0 +1,104 @@
+"""The job's data as tokens, and the order in which it is trained on."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from memlaunch.launcher.training import tokens
+from memlaunch.launcher.training.errors import JobMismatch
+from memlaunch.launcher.training.model import load_tokenizer
+from memlaunch.strategies import padding
+from memlaunch.strategies.batching import Mode
+from memlaunch.strategies.bucketing import BucketedSampler
+
+if TYPE_CHECKING:
+    import numpy as np
+    from transformers import PreTrainedTokenizerBase
+
+    from memlaunch.launcher.resolve import ResolvedJob
+
+#: Where neither the job nor the tokenizer says how long a sample may be.
+DEFAULT_MAX_LENGTH = 512
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a job trains and evaluates on.
+
+    Attributes:
+        max_length: tokens that a sample was cut to.
+        heldout: what to evaluate on, or None.
+    """
+
+    tokenizer: "PreTrainedTokenizerBase"
+    max_length: int
+    train: tokens.Tokens
+    heldout: tokens.Tokens | None
+
+    @property
+    def pad_token(self) -> int:
+        """The id to pad with; any will do where there is none, since the attention mask hides it."""
+        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if isinstance(token, int):
+                return token
+        return 0
+
+    def fill(self, field: str) -> int:
+        """The value that ``field`` of a batch is padded with."""
+        types = int(self.tokenizer.pad_token_type_id)
+        return {"input_ids": self.pad_token, "token_type_ids": types}.get(field, 0)
+
+
+def load(resolved: "ResolvedJob") -> Data:
+    """Tokenise the job's data, or find its tokens in the cache.
+
+    Raises:
+        JobMismatch: a file cannot be read, or the tokenizer cannot be loaded.
+    """
+    job = resolved.job
+    tokenizer = load_tokenizer(job.model)
+    limit = int(tokenizer.model_max_length)  # a huge number says that there is none
+    max_length = job.data.max_length or (limit if limit < 1_000_000 else DEFAULT_MAX_LENGTH)
+    train = tokens.prepare(job.data, "train", tokenizer, job.model.task, max_length)
+    heldout = (
+        tokens.prepare(job.data, "eval", tokenizer, job.model.task, max_length) if job.data.eval else None
+    )
+    return Data(tokenizer, max_length, train, heldout)
+
+
+def sampler(
+    resolved: "ResolvedJob", data: Data, world_size: int, rank: int, mode: Mode | None = None
+) -> BucketedSampler:
+    """The order of the job's batches: of its samples, or of packed blocks of them.
+
+    Args:
+        mode: another mode than the job's, to compare with.
+
+    Raises:
+        JobMismatch: a sample is longer than a micro-batch may be.
+    """
+    batching, batch = resolved.job.data.batching, resolved.batch
+    mode = mode or batching.mode
+    lengths: "np.ndarray[Any, Any]" = data.train.lengths
+    if mode == "packed":
+        lengths = data.train.packing(data.max_length, resolved.job.training.seed, epoch=0).lengths
+    by_tokens = batching.max_tokens is not None
+    try:
+        return BucketedSampler(
+            # The budget counts what a sample takes once it is padded.
+            padding.padded_lengths(lengths, resolved.job.data.padding, data.max_length)
+            if by_tokens
+            else lengths,
+            global_batch_size=batch.global_batch_size,
+            micro_batch_size=None if by_tokens else batch.micro_batch_size,
+            world_size=world_size,
+            rank=rank,
+            seed=resolved.job.training.seed,
+            bucket_size=batching.bucket_size,
+            max_tokens=batching.max_tokens,
+            mode=mode,
+            longest_first=batching.longest_first,
+            order=data.train.order if mode == "bucketed" else None,
+        )
+    except ValueError as error:
+        hint = "the longest sample decides; lower `data.max_length`"
+        raise JobMismatch("data.batching", str(error), hint) from error

@@ -1,0 +1,51 @@
+"""What the scripts of a run are made of: words that bash takes as they are, and the few that it expands."""
+
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+
+
+class Raw(str):
+    """A word of ours that bash is to expand, such as ``"$1"``; never a value of the job."""
+
+    __slots__ = ()
+
+
+def join(words: Iterable[str]) -> str:
+    """A command line; every word that is not :class:`Raw` is quoted."""
+    return " ".join(word if isinstance(word, Raw) else shlex.quote(word) for word in words)
+
+
+def exports(values: Mapping[str, str]) -> list[str]:
+    """A line that sets each environment variable, to its value byte for byte."""
+    return [f"export {name}={shlex.quote(value)}" for name, value in values.items()]
+
+
+def comment(text: str) -> str:
+    """``text`` on one line, to stand behind ``#``."""
+    return " ".join(text.split())
+
+
+def node_script(
+    *, about: str, command: Sequence[str], env: Mapping[str, str], setup: Sequence[str] = ()
+) -> str:
+    """The script that every node runs, from the run folder that it shares with the others.
+
+    It is started as ``bash RUN/launch/node.sh [ARGUMENT...]``, so that no value of the job passes through the
+    shell of ssh; ``command`` finds the arguments in ``Raw('"$1"')`` and so on, and the run folder in
+    ``MEMLAUNCH_RUN_DIR``.
+
+    Args:
+        about: a line that says what it does.
+        env: environment variables of the job.
+        setup: the user's own lines of shell. They find no standard input: it may be the leash of a node.
+    """
+    lines = [
+        "#!/usr/bin/env bash",
+        f"# {comment(about)}",
+        'export MEMLAUNCH_RUN_DIR="$(dirname "$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)")"',
+        "set -e",
+        *(["{", *setup, "} </dev/null"] if setup else []),
+        *exports(env),
+        f"exec {join(command)}",
+    ]
+    return "\n".join(lines) + "\n"
