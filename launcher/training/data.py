@@ -78,7 +78,7 @@ def sampler(
     """
     batching, batch = resolved.job.data.batching, resolved.batch
     mode = mode or batching.mode
-    lengths: "np.ndarray[Any, Any]" = data.train.lengths
+    lengths: np.ndarray[Any, Any] = data.train.lengths
     if mode == "packed":
         lengths = data.train.packing(data.max_length, resolved.job.training.seed, epoch=0).lengths
     by_tokens = batching.max_tokens is not None
