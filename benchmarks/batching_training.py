@@ -1,10 +1,10 @@
 """Training on the review data with bucketed and with random batches: what they learn, and what a step takes.
 
-python benchmarks/batching_training.py [--seeds 5] [--steps 60] [--markdown FILE]
+python benchmarks/batching_training.py [--seeds 5] [--steps 60]
 
-For each seed the two runs come one after the other, so that both meet the same machine. Prints a line a run, then
-the evaluation loss (mean and standard deviation over the seeds), the median time of a step, and whether bucketed
-batches reach the loss of random ones (its mean plus one standard deviation) in the same number of steps.
+For each seed the two runs come one after the other, so that both meet the same machine. Prints a line a run,
+then the evaluation loss (mean and standard deviation over the seeds), the median time of a step, and whether
+bucketed batches reach the loss of random ones (its mean plus one standard deviation) in as many steps.
 """
 
 import argparse

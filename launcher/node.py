@@ -1,8 +1,8 @@
 """The guard of a node's ranks: no process outlives it, whatever became of them or of those who started them.
 
 ``python -m memlaunch.launcher.node [--leash] COMMAND...`` runs COMMAND, ends when it ends with its exit
-status, and kills what it left behind. SIGTERM, SIGINT and SIGUSR2 ask the command to stop; SIGHUP, and the end
-of whoever started the guard, end everything at once.
+status, and kills what it left behind. SIGTERM, SIGINT and SIGUSR2 ask the command to stop; SIGHUP, and the
+end of whoever started the guard, end everything at once.
 
 With ``--leash``, standard input is held by whoever started the guard from another machine: first it brings a
 JSON object of environment variables, then ``alive`` every few seconds, and ``stop`` to ask the command to

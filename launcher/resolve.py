@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -53,6 +53,12 @@ class ResolvedJob:
             parts = f"= {batch.micro_batch_size} x {batch.gradient_accumulation_steps} accumulation x {ranks}"
         sizes = f"global batch {batch.global_batch_size} {parts}"
         return ", ".join([model, count + place, sizes, *_strategy(job)])
+
+    def with_bucket_size(self, bucket_size: int) -> "ResolvedJob":
+        """The same with the bucket size that a rank chose, so that a resumed run sees the same batches."""
+        data = self.job.data
+        batching = _with(data.batching, bucket_size=bucket_size)
+        return replace(self, job=_with(self.job, data=_with(data, batching=batching)))
 
     def to_json(self) -> str:
         """``resolved.json``: itself a job file, which resolves to this job."""

@@ -28,6 +28,7 @@ def train(
 
     Returns the loss of each step and the change of each parameter.
     """
+    torch.set_num_threads(1)  # more would fight with the other processes of a test for its cores
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = auto.from_pretrained(folder)
     model.train()

@@ -67,7 +67,7 @@ def run(resolved: "ResolvedJob", folder: "RunDir", world: World) -> None:
     torch.manual_seed(job.training.seed + world.rank)  # dropout differs between ranks
     engine = _start(model, setup, folder, world)
 
-    batches, train_collate = _training_batches(resolved, data, collate, world)
+    batches, train_collate = _training_batches(resolved, folder, data, collate, world)
     steps = job.training.max_steps or (job.training.epochs or 1) * batches.steps_per_epoch
     warmup = job.training.warmup_steps or round((job.training.warmup_ratio or 0) * steps)
     if world.is_main:
@@ -151,10 +151,16 @@ def _collate(
 
 
 def _training_batches(
-    resolved: "ResolvedJob", data: Data, whole: Collate, world: World
+    resolved: "ResolvedJob", folder: "RunDir", data: Data, whole: Collate, world: World
 ) -> "tuple[loop.Sampler[Any], Callable[[Sequence[Any]], MicroBatch]]":
-    """What deals the training data, and what makes micro-batches of it."""
+    """What deals the training data, and what makes micro-batches of it.
+
+    A bucket size that the lengths decided is written into ``resolved.json``.
+    """
     dealt = sampler(resolved, data, world.size, world.rank)
+    batching = resolved.job.data.batching
+    if world.is_main and batching.mode == "bucketed" and batching.bucket_size is None:
+        folder.place({folder.resolved.name: resolved.with_bucket_size(dealt.bucket_size).to_json()})
     if resolved.job.data.batching.mode != "packed":
         return dealt, whole
     packing = functools.partial(data.train.packing, data.max_length, resolved.job.training.seed)

@@ -28,7 +28,7 @@ def argv(
     """Starts ``ranks`` processes of ``command``, those of a host side by side.
 
     MPI hands words on as they are, without a shell, and environment variables by their names: their values
-    are those that mpirun itself is started with.
+    are those that mpirun itself is started with. SIGUSR2 goes on to the ranks; SIGTERM ends them in seconds.
 
     Args:
         hosts: where, with as many ranks as slots; without, MPI decides (this machine, or an allocation).
@@ -54,8 +54,8 @@ def argv(
             *("-np", str(ranks)),
             # Left alone, it ties each rank to one core, and all threads of the rank with it.
             *("--bind-to", "none"),
-            # Between being asked to stop and being killed, a rank may write a checkpoint.
-            *("--mca", "odls_base_sigkill_timeout", "30"),
+            # Seconds between asking the ranks to end and killing them, which it waits in full, and twice.
+            *("--mca", "odls_base_sigkill_timeout", "3"),
             *(word for name in pass_env for word in ("-x", name)),
             *options,
             *command,

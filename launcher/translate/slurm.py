@@ -83,12 +83,8 @@ class Allocation:
         return cls(**values)
 
     def __post_init__(self) -> None:
-        for name, pattern in (
-            ("time", _TIME),
-            ("signal", _SIGNAL),
-            ("mem", _MEMORY),
-            ("dependency", _DEPENDENCY),
-        ):
+        formats = {"time": _TIME, "signal": _SIGNAL, "mem": _MEMORY, "dependency": _DEPENDENCY}
+        for name, pattern in formats.items():
             value = getattr(self, name)
             if value is not None and not pattern.fullmatch(value):
                 raise ValueError(f"{name}: `{value}` is not what SLURM takes")
@@ -144,8 +140,7 @@ def script(
         runs, at_once: of an array: the run folder of each task, and how many may run at the same time.
 
     Raises:
-        ValueError: a value that cannot stand in such a script; the template has a mistake, or uses what is not
-            there.
+        ValueError: a value cannot stand in a script; the template has a mistake, or uses what is not there.
         OSError: the user's template cannot be read.
     """
     if isinstance(template, str) and template not in get_args(Template):

@@ -21,7 +21,12 @@ GUARD = (sys.executable, "-m", "memlaunch.launcher.node", "--leash")
 FANOUT = (sys.executable, "-m", "memlaunch.launcher.fanout")
 
 #: Leaves the session, and does not mind being asked to stop.
-STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
+STUBBORN = """
+import signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print("up", flush=True)
+time.sleep(600)
+"""
 NEST = f"setsid {shlex.quote(sys.executable)} -c {shlex.quote(STUBBORN)} & setsid setsid sleep 600 & wait"
 
 
