@@ -82,7 +82,7 @@ def main() -> None:
         print(
             f"| {mode} | {mean:.4f} ± {deviation:.4f} | {statistics.mean(columns['eval_accuracy']):.3f} "
             f"| {100 * statistics.mean(columns['padding']):.1f} % "
-            f"| {statistics.mean(columns['step_seconds']):.3f} s |"
+            f"| {statistics.median(columns['step_seconds']):.3f} s |"
         )
     faster = statistics.median(
         slow["step_seconds"] / quick["step_seconds"]

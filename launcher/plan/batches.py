@@ -37,7 +37,7 @@ def figures(resolved: "ResolvedJob") -> dict[str, Any]:
     modes: list[Mode] = [resolved.job.data.batching.mode, BASELINE]
     for mode in dict.fromkeys(modes):
         dealt = sampler(resolved, data, resolved.world_size, rank=0, mode=mode)
-        ways[mode] = asdict(summarise(dealt, width=width))
+        ways[mode] = asdict(summarise(dealt, width=width, tokens=int(data.train.lengths.sum(dtype="int64"))))
     return {"data": {**tokens.summary(data.train), "max_length": data.max_length}, "ways": ways}
 
 
