@@ -67,6 +67,8 @@ def test_the_figures_are_those_of_the_batches_that_a_run_makes(padding: Any, siz
     lengths = np.random.default_rng(3).integers(1, max_length + 1, 203).astype(np.int32)
 
     class Samples:
+        codes = np.zeros(len(lengths), np.int32)
+
         def sample(self, index: int) -> dict[str, Any]:
             return {"input_ids": np.ones(lengths[index], dtype=np.int32)}
 
@@ -83,7 +85,7 @@ def test_the_figures_are_those_of_the_batches_that_a_run_makes(padding: Any, siz
         )
         for rank in range(2)
     ]
-    collate = Collate(tokens, task, padding, max_length, {"input_ids": 0}, np.zeros(len(lengths), np.int64))
+    collate = Collate(tokens, task, padding, max_length, {"input_ids": 0}, np.zeros(1, np.int64))
     object.__setattr__(collate, "task", type("Task", (), {"count": staticmethod(len)}))
     total = largest = micro_steps = 0
     for step in range(samplers[0].steps_per_epoch):

@@ -52,7 +52,8 @@ class Collate:
     """Sample indices to a :class:`MicroBatch`.
 
     Attributes:
-        classes: the class of each sample, for a classification; None where the labels are the tokens.
+        class_of_code: the class of each label code, for a classification; None where the labels are the
+            tokens.
         fill: field -> value to pad it with.
     """
 
@@ -61,7 +62,7 @@ class Collate:
     padding: padding.PaddingSettings
     max_length: int
     fill: dict[str, int]
-    classes: np.ndarray[Any, np.dtype[np.int64]] | None
+    class_of_code: np.ndarray[Any, np.dtype[np.int64]] | None
 
     def __call__(self, indices: Sequence[int]) -> MicroBatch:
         """The micro-batch of ``indices``; of none, a stand-in: one real sample of which nothing counts.
@@ -75,8 +76,9 @@ class Collate:
         rows, width = inputs["input_ids"].shape
         real = torch.arange(width)[None, :] < torch.tensor(lengths)[:, None]
         inputs["attention_mask"] = real.to(torch.int64)
-        if self.classes is not None:
-            labels = torch.from_numpy(self.classes[list(indices or (0,))])
+        if self.class_of_code is not None:
+            assert self.tokens.codes is not None
+            labels = torch.from_numpy(self.class_of_code[self.tokens.codes[list(indices or (0,))]])
         else:
             labels = inputs["input_ids"].masked_fill(~real, IGNORED)
         if not indices:

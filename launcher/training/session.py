@@ -145,7 +145,7 @@ def _collate(
     names: "list[str] | None",
 ) -> Collate:
     """What makes micro-batches of ``source``; ``key`` is the key of the job that names it."""
-    classes = tokens.class_ids(source, names, key) if names is not None else None
+    classes = tokens.class_of_code(source, names, key) if names is not None else None
     fill = {name: data.fill(name) for name in source.fields}
     return Collate(source, task, padding, data.max_length, fill, classes)
 

@@ -160,20 +160,22 @@ def _write(
     max_length: int,
 ) -> None:
     lengths: list[np.ndarray[Any, Any]] = []
-    codes: list[int] = []
+    codes: list[np.ndarray[Any, Any]] = []
     seen: dict[int | str, int] = {}
     lines: list[int] = []
     truncated = 0
     sink = None
     with pa.OSFile(str(folder / "tokens.arrow"), "wb") as file:
         for batch in _batches(records.read(source, f"data.{split}"), CHUNK):
+            batch_codes = []
             for line, record in batch:
                 _check_columns(source, line, record, data, split, task)
                 if task == "sequence-classification":
                     label = _label(source, line, record[label_column(data)], data, split)
                     if label not in seen:
                         lines.append(line)
-                    codes.append(seen.setdefault(label, len(seen)))
+                    batch_codes.append(seen.setdefault(label, len(seen)))
+            codes.append(np.array(batch_codes, dtype=np.int32))
             fields, cut = _tokenise([record for _, record in batch], data, tokenizer, task, max_length)
             truncated += cut
             lengths.append(np.array([len(ids) for ids in fields["input_ids"]], dtype=np.int32))
@@ -187,8 +189,8 @@ def _write(
     all_lengths = np.concatenate(lengths)
     np.save(folder / "lengths.npy", all_lengths)
     np.save(folder / "order.npy", length_order(all_lengths))
-    if codes:
-        np.save(folder / "codes.npy", np.array(codes, dtype=np.int32))
+    if seen:
+        np.save(folder / "codes.npy", np.concatenate(codes))
     about = {"source": source, "truncated": truncated, "labels": list(seen), "label_lines": lines}
     (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
 
@@ -331,8 +333,8 @@ def label_names(train: Tokens, num_labels: int | None) -> list[str]:
     return classes
 
 
-def class_ids(tokens: Tokens, classes: Sequence[str], key: str) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """The class of each sample of ``tokens``.
+def class_of_code(tokens: Tokens, classes: Sequence[str], key: str) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """The class that each of the label codes in ``tokens.codes`` stands for.
 
     Raises:
         JobMismatch: a label that is not among ``classes``; ``key`` names the data file in the job.
@@ -349,9 +351,7 @@ def class_ids(tokens: Tokens, classes: Sequence[str], key: str) -> np.ndarray[An
                 "the classes are " + ", ".join(classes[:10]),
             )
         ids.append(known[str(value)])
-    assert tokens.codes is not None
-    classes_of_samples: np.ndarray[Any, np.dtype[np.int64]] = np.array(ids, dtype=np.int64)[tokens.codes]
-    return classes_of_samples
+    return np.array(ids, dtype=np.int64)
 
 
 def summary(tokens: Tokens) -> dict[str, Any]:

@@ -185,7 +185,7 @@ def script(
 def submit(new_run: Sequence[str]) -> str:
     """``command.sh``: submits ``job.sbatch``, which lies beside it, or runs it inside an allocation.
 
-    Its arguments are handed on to sbatch: ``--wait``, ``--parsable``. With ``MEMLAUNCH_SUBMIT`` set it submits
+    Its arguments go on to sbatch: ``--wait``, ``--parsable``. With ``MEMLAUNCH_SUBMIT`` set it submits
     inside an allocation too.
 
     Args:
