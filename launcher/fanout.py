@@ -6,7 +6,7 @@
 
 The first SIGINT or SIGTERM asks every host to stop, the second ends them all at once; so does the end of
 this process, however it comes. When one host fails, the others are asked to stop, and ended ``GRACE`` seconds
-later.
+later; its exit status is that of the whole, which is 128 plus the signal when one came first.
 """
 
 import argparse
@@ -88,7 +88,8 @@ def _watch(nodes: Sequence["_Node"], signals: Sequence[int]) -> int:
     deadline = float("inf")
     while any(node.status is None for node in nodes):
         for node in nodes:
-            if (status := node.turn()) and first is None:
+            # Once asked to stop, a host may end as it will, and the others take the time they need.
+            if (status := node.turn()) and first is None and not signals:
                 first = status
                 lost = ": it was not reached, or was lost" if status == UNREACHABLE else ""
                 _say(node.host, f"ended with exit status {status}{lost}")

@@ -138,9 +138,11 @@ class Cluster:
         cluster = cls(root)
         try:
             cluster._start_switch(bound)
-            for name in (HEAD, *names):
+            everyone = (HEAD, *names)
+            for name in everyone:
                 cluster._start_node(name)
             cluster._wait_for_slurm()
+            cluster._remember_daemons(everyone)
         except TestbedError as error:
             raise TestbedError(f"{error}\n{cluster._last_words()}") from None
         except BaseException:
@@ -238,13 +240,16 @@ class Cluster:
 
     def restore(self, node: str) -> None:
         """Bring back a node that was stopped or cut off, and wait until SLURM has it again."""
-        if self._runs(node):
+        was_cut = self._runs(node)
+        if was_cut:
             self._ip("link", "set", node, "up")
         else:
             self._start_node(node)
         # SLURM does not ask again after a node that it has written off.
         self.on(HEAD, ["scontrol", "update", f"NodeName={node}", "State=RESUME"], check=False)
         self._wait_for_slurm()
+        if not was_cut:
+            self._remember_daemons([node])
 
     # Inside
 
@@ -282,7 +287,11 @@ class Cluster:
                 if code:
                     log.seek(0)
                     raise TestbedError(f"{daemon[0]} on {name} ended with {code}\n{log.read()}")
-        self._state["own"][name] = [process.pid for process in self._all_of(name)]
+
+    def _remember_daemons(self, names: Sequence[str]) -> None:
+        """What runs on the nodes now is theirs; a daemon starts others until the cluster is up."""
+        for name in names:
+            self._state["own"][name] = [process.pid for process in self._all_of(name)]
         self._save()
 
     def _join(self, name: str) -> None:
