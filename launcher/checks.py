@@ -44,6 +44,7 @@ _OWN_DEEPSPEED = {
     "train_micro_batch_size_per_gpu": "training.micro_batch_size",
     "zero_allow_untested_optimizer": "strategy.optimizer",
     "zero_force_ds_cpu_optimizer": "strategy.optimizer",
+    "zero_optimization.memory_efficient_linear": "strategy.activation_checkpointing",
     "zero_optimization.allgather_bucket_size": "strategy.zero.bucket_size",
     "zero_optimization.cpu_offload": "strategy.zero.offload_optimizer",
     "zero_optimization.cpu_offload_params": "strategy.zero.offload_parameters",
@@ -53,6 +54,9 @@ _OWN_DEEPSPEED = {
     "zero_optimization.stage": "strategy.zero.stage",
     "zero_optimization.stage3_prefetch_bucket_size": "strategy.zero.bucket_size",
 }
+
+#: Keys of a DeepSpeed config that change which ranks share data, or what a batch is, behind our back.
+_NOT_OURS = ("curriculum_learning", "data_efficiency", "elasticity", "hybrid_engine", "tensor_parallel")
 
 #: Other top-level keys of a DeepSpeed config, which accepts a misspelt one without a word.
 _DEEPSPEED = (
@@ -265,6 +269,13 @@ def _check_batching(job: Job) -> Iterator[Conflict]:
             'use `bucketed` or `random`, or `"task": "causal-lm"`',
             ("model.task",),
         )
+    if batching.mode == "packed" and job.model.attention == "flash_attention_2":
+        yield Conflict(
+            "model.attention",
+            "flash attention keeps packed samples apart only in micro-batches of one row",
+            'use `"sdpa"` with packed batches, or `bucketed` batches',
+            ("data.batching.mode",),
+        )
     if batching.max_tokens is None:
         return
     key = "data.batching.max_tokens"
@@ -366,6 +377,8 @@ def _check_raw(raw: Mapping[str, Any]) -> Iterator[Conflict]:
         key = dotted(("strategy", "deepspeed", *path))
         if (ours := _OWN_DEEPSPEED.get(".".join(map(str, path)))) is not None:
             yield Conflict(key, f"`{ours}` stands for it", "use that, and remove this")
+        elif path[0] in _NOT_OURS:
+            yield Conflict(key, "it changes what a global batch is", "remove it")
         elif len(path) == 1 and path[0] not in known and (close := closest(str(path[0]), known, 0.8)):
             hint = f"did you mean `{close}`?"
             yield Conflict(key, "DeepSpeed has no such key, and would pass over it without a word", hint)

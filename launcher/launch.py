@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from memlaunch.launcher.resolve import ResolvedJob
     from memlaunch.launcher.source import Document
 
+EXIT_LAUNCH = 4
 EXIT_FAILED = 5
 EXIT_STOPPED = 75
 EXIT_INTERRUPTED = 130
@@ -27,8 +29,7 @@ TAIL = 15
 def run(resolved: "ResolvedJob", document: "Document") -> int:
     """Train the job in ``document`` in a new run folder, whose path is printed last; the exit code."""
     folder = rundir.create(Path(resolved.job.output.dir), resolved.job.name)
-    folder.job.write_text(document.text, encoding="utf-8")
-    folder.place(translate.files(resolved))
+    folder.place({**translate.files(resolved), folder.job.name: document.text})
     code = follow(["bash", str(folder.command)], folder, document)
     print(folder.path)
     return code
@@ -39,7 +40,7 @@ def follow(argv: list[str], folder: rundir.RunDir, document: "Document") -> int:
 
     A mistake in the job that only a rank can find is shown where it stands in ``document``.
 
-    The first SIGINT or SIGTERM asks the ranks to end, the second ends them at once.
+    The first SIGINT, SIGTERM or SIGHUP asks the ranks to end, the second ends them at once.
     """
     environment = {**os.environ, rundir.ENVIRONMENT_VARIABLE: str(folder.path)}
     with folder.launcher_log.open("wb") as log:
@@ -57,18 +58,20 @@ def follow(argv: list[str], folder: rundir.RunDir, document: "Document") -> int:
                     process.wait(timeout=0.2)
                 monitor.update()
             monitor.update()
-    if interrupts.count:
+    failure = monitor.failure
+    if interrupts.count and (process.returncode or failure):
         folder.append_event("stopped", signals=interrupts.count)
         return EXIT_STOPPED if interrupts.count == 1 else EXIT_INTERRUPTED
-    failure = monitor.failure
     if process.returncode == 0 and failure is None:
         return 0
     print(_explanation(folder, document, failure), file=sys.stderr)
-    return int(failure["exit_code"]) if failure else EXIT_FAILED
+    if failure is not None:
+        return int(failure["exit_code"])
+    return EXIT_FAILED if folder.rank_log(0).exists() else EXIT_LAUNCH
 
 
 class _Interrupts:
-    """Counts SIGINT and SIGTERM, and passes them on to ``process``."""
+    """Counts SIGINT, SIGTERM and SIGHUP, and passes them on to ``process``."""
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self.count = 0
@@ -76,7 +79,7 @@ class _Interrupts:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "_Interrupts":
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             self._before[number] = signal.signal(number, self._handle)
         return self
 
@@ -107,7 +110,16 @@ class _Interrupts:
 
 
 def _explanation(folder: rundir.RunDir, document: "Document", failure: dict[str, Any] | None) -> str:
-    """What ended the run: the words of the first rank that failed, or the ends of the logs."""
+    """What ended the run: a rank that was killed, the words of the first that failed, or the last log lines.
+
+    The others see a killed rank as a broken connection, and may say so before anyone else.
+    """
+    killed = _killed(folder.launcher_log) if failure is None or "key" not in failure else None
+    if killed is not None:
+        rank, number = killed
+        hint = "the kernel does that where the memory of the machine runs out; see `dmesg`"
+        lines = [f"rank {rank}: error: killed by signal {number}", f"hint: {hint}"]
+        return "\n".join([*lines, _tail(folder.rank_log(rank))])
     if failure is None:
         tails = [_tail(log) for log in (folder.rank_log(0), folder.launcher_log) if log.exists()]
         return "\n".join(["error: the ranks ended without saying why", *tails])
@@ -118,6 +130,15 @@ def _explanation(folder: rundir.RunDir, document: "Document", failure: dict[str,
     return f"{errors.render(problem, errors.wants_colour())}\n{log}"
 
 
+def _killed(log: Path) -> tuple[int, int] | None:
+    """(rank, signal) of a rank that torchrun reports as killed; those that it ended itself are none."""
+    report = re.compile(r"rank +: (\d+) .*\n +exitcode +: -(\d+) ")
+    found = report.findall(log.read_text(encoding="utf-8", errors="replace"))
+    return next(((int(rank), int(number)) for rank, number in found if int(number) != signal.SIGTERM), None)
+
+
 def _tail(log: Path) -> str:
+    if not log.exists():
+        return f"it wrote no {log}"
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL:]
     return "\n".join([f"the last lines of {log}:", *(f"  {line}" for line in lines)])

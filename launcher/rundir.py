@@ -4,11 +4,11 @@
 ``memlaunch translate`` wrote, or the ``launch`` folder of a run) and prints its path.
 """
 
+import contextlib
 import json
 import math
 import os
 import secrets
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -78,10 +78,16 @@ class RunDir:
         _append(self.events, {"event": event, "time": round(time.time(), 3), **details})
 
     def place(self, files: Mapping[str, str]) -> None:
-        """Write what :func:`memlaunch.launcher.translate.files` made to where a run has it."""
+        """Write what :func:`memlaunch.launcher.translate.files` made to where a run has it.
+
+        For the owner's eyes alone: the job's environment variables are among it.
+        """
         for name, text in files.items():
-            path = self.resolved if name == self.resolved.name else self.launch / name
-            path.write_text(text, encoding="utf-8")
+            path = self.path / name if name in (self.resolved.name, self.job.name) else self.launch / name
+            partial = path.with_name(f"{name}.partial")
+            partial.touch(mode=0o600)
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(path)
 
 
 def create(output: Path, name: str) -> RunDir:
@@ -106,11 +112,9 @@ def create_from(folder: Path) -> RunDir:
         raise FileNotFoundError(f"no resolved.json in {folder}")
     job = json.loads(resolved.read_text(encoding="utf-8"))
     run = create(Path(job["output"]["dir"]), job["name"])
-    shutil.copy(resolved, run.resolved)
-    shutil.copy(resolved, run.job)
-    for file in folder.iterdir():
-        if file.is_file() and file.name != resolved.name:
-            shutil.copy(file, run.launch)
+    files = {file.name: file.read_text(encoding="utf-8") for file in folder.iterdir() if file.is_file()}
+    text = resolved.read_text(encoding="utf-8")
+    run.place({**files, run.resolved.name: text, run.job.name: text})
     return run
 
 
@@ -127,7 +131,8 @@ def read_lines(path: Path, start: int = 0) -> Iterator[tuple[dict[str, Any], int
             if not line.endswith(b"\n"):
                 return
             start += len(line)
-            yield json.loads(line), start
+            with contextlib.suppress(json.JSONDecodeError):  # a line that a full disk cut short
+                yield json.loads(line), start
 
 
 def _append(path: Path, values: Mapping[str, Any]) -> None:

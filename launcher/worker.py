@@ -13,6 +13,7 @@ from memlaunch.launcher.rundir import ENVIRONMENT_VARIABLE, RunDir
 
 EXIT_JOB = 2
 EXIT_MEMORY = 3
+EXIT_LAUNCH = 4
 EXIT_FAILED = 5
 
 
@@ -42,22 +43,33 @@ def _train(folder: RunDir) -> None:
 
 def _explain(error: BaseException) -> tuple[int, dict[str, str]]:
     """(exit code, what to write into the event) for an error that ended the rank."""
-    import torch
-
-    from memlaunch.launcher.training.errors import JobMismatch, NotApplicable, TrainingFailed
-
     message = str(error).strip() or type(error).__name__
+    if isinstance(error, ImportError):
+        return EXIT_LAUNCH, {"message": message, "hint": "install it where the ranks run"}
+    from memlaunch.launcher.training.errors import JobMismatch, LaunchFailed, NotApplicable, TrainingFailed
+
     if isinstance(error, JobMismatch | NotApplicable):
         return EXIT_JOB, {"key": error.key, "message": message, "hint": error.hint}
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, LaunchFailed):
+        return EXIT_LAUNCH, {"message": message, "hint": error.hint}
+    if _out_of_memory(error):
         hint = "lower `training.micro_batch_size`, checkpoint activations, or raise `strategy.zero.stage`"
         return EXIT_MEMORY, {"message": message, "hint": hint}
     if isinstance(error, TrainingFailed):
         return EXIT_FAILED, {"message": message, "hint": error.hint}
+    if "loss scale" in message and ("minimum" in message or "smallest" in message):
+        hint = "lower `training.learning_rate`, or use bf16; `strategy.precision.min_scale` is the bound"
+        return EXIT_FAILED, {"message": message, "hint": hint}
     return EXIT_FAILED, {
         "message": f"{type(error).__name__}: {message}",
         "hint": "its traceback is in the log",
     }
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on the GPU or on the host; libraries say it in different words."""
+    words = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 def _log_to(path: Path) -> None:

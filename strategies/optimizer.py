@@ -178,6 +178,8 @@ def _deepspeed_config(setup: Setup) -> Mapping[str, Any]:
 
 def _verify(setup: Setup, facts: Facts) -> Iterable[str]:
     seen = set()
+    if not facts.states:
+        yield "no optimizer state was found"
     for bits, elements, dtype in facts.states:
         if elements <= 1 or (bits, dtype) in seen:  # a step counter has no bits to check
             continue

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from memlaunch.strategies.settings import Settings
+from memlaunch.strategies.settings import Settings, changed
 from memlaunch.strategies.technique import Conflict, Facts, Setup, Technique
 
 ZeroStage = Literal[0, 1, 2, 3]
@@ -36,6 +36,13 @@ class ZeroSettings(Settings):
 
 def _conflicts(setup: Setup) -> Iterable[Conflict]:
     zero = setup.zero
+    if not zero.stage and changed(zero, "bucket_size"):
+        yield Conflict(
+            "strategy.zero.bucket_size",
+            "nothing is sharded, so there are no buckets",
+            "remove it, or set a ZeRO `stage`",
+            ("strategy.zero.stage",),
+        )
     if setup.engine == "torch":
         if zero.stage:
             yield Conflict(

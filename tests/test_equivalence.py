@@ -17,7 +17,7 @@ import transformers
 from safetensors.torch import load_file
 
 from memlaunch.launcher import resolve, rundir, translate
-from memlaunch.strategies.bucketing import BucketedSampler
+from memlaunch.strategies.bucketing import BucketedSampler, pack
 from tests import ranks, reference
 
 REVIEWS = Path(__file__).parents[1] / "examples" / "reviews" / "train.jsonl"
@@ -234,7 +234,34 @@ BATCHINGS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"mode": "random"}, {"gradient_accumulation_steps": 1}),
     ({"mode": "bucketed", "bucket_size": BUCKET, "max_tokens": 60}, {}),
     ({"mode": "bucketed", "max_tokens": 100}, {}),
+    ({"mode": "packed"}, {"global_batch_size": 6, "gradient_accumulation_steps": 3}),
 ]
+
+
+def samples_of_steps(resolved: dict[str, Any], lengths: Any) -> list[list[int]]:
+    """The samples of each optimizer step of a resolved job, as one rank of one would see them."""
+    batching, size = resolved["data"]["batching"], resolved["training"]["global_batch_size"]
+    assert (batching["bucket_size"] is None) == (batching["mode"] != "bucketed"), "recorded where it counts"
+    packed = batching["mode"] == "packed"
+    sampler = BucketedSampler(
+        pack(lengths, MAX_LENGTH, seed=42).lengths if packed else lengths,
+        global_batch_size=size,
+        micro_batch_size=None if batching["max_tokens"] else size,
+        world_size=1,
+        rank=0,
+        seed=42,
+        **batching,
+    )
+    steps = []
+    for step in range(STEPS):
+        epoch, k = divmod(step, sampler.steps_per_epoch)
+        chosen = sampler.step_samples(epoch, k)
+        if packed:
+            packing = pack(lengths, MAX_LENGTH, seed=42, epoch=epoch)
+            pieces = [packing.samples[packing.offsets[b] : packing.offsets[b + 1]] for b in chosen]
+            chosen = [int(index) for piece in pieces for index in piece]
+        steps.append(chosen)
+    return steps
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -270,18 +297,7 @@ def test_every_token_of_a_causal_language_model_weighs_the_same(
         runs.append(run)
     ranks.run(size, train_all, [run.path for run in runs])
     for run in runs:
-        batching = json.loads(run.resolved.read_text())["data"]["batching"]
-        assert (batching["bucket_size"] is None) == (batching["mode"] == "random"), "recorded where it counts"
-        sampler = BucketedSampler(
-            lengths,
-            global_batch_size=GLOBAL_BATCH,
-            micro_batch_size=None if batching["max_tokens"] else GLOBAL_BATCH,
-            world_size=1,
-            rank=0,
-            seed=42,
-            **batching,
-        )
-        batches = [sampler.step_samples(*divmod(step, sampler.steps_per_epoch)) for step in range(STEPS)]
+        batches = samples_of_steps(json.loads(run.resolved.read_text()), lengths)
         losses, _ = reference.train(
             model,
             data,
@@ -293,4 +309,4 @@ def test_every_token_of_a_causal_language_model_weighs_the_same(
             max_grad_norm=1.0,
         )
         lines = [line for line, _ in rundir.read_lines(run.metrics)]
-        assert [line["loss"] for line in lines] == pytest.approx(losses, rel=1e-5), batching
+        assert [line["loss"] for line in lines] == pytest.approx(losses, rel=1e-5), run.path.parent

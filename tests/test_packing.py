@@ -13,7 +13,7 @@ from torch import nn
 from memlaunch.launcher.training import tokens
 from memlaunch.launcher.training.batches import Collate, CollatePacked
 from memlaunch.launcher.training.errors import NotApplicable
-from memlaunch.launcher.training.model import check_packing
+from memlaunch.launcher.training.model import check_attention
 from memlaunch.launcher.training.tasks import TASKS, logits_of
 from memlaunch.strategies.padding import PaddingSettings
 
@@ -109,15 +109,27 @@ def test_a_model_that_mixes_packed_samples_is_refused() -> None:
         def get_input_embeddings(self) -> nn.Module:
             return self.embedding
 
-        def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> Any:
+        def forward(self, input_ids: torch.Tensor, position_ids: Any = None) -> Any:
             mixed = self.embedding(input_ids).cumsum(dim=1)
             return transformers.modeling_outputs.CausalLMOutput(logits=self.head(mixed))
 
     for model in models():
-        check_packing(model, "sdpa")
+        check_attention(model, "sdpa", packed=True)
     blind: Any = Blind()
+    check_attention(blind, "sdpa", packed=False)
     with pytest.raises(NotApplicable, match="see each other"):
-        check_packing(blind, "sdpa")
+        check_attention(blind, "sdpa", packed=True)
+
+
+def test_a_model_that_sees_what_it_is_to_predict_is_refused() -> None:
+    config = transformers.BertConfig(
+        vocab_size=100, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
+    )
+    config.use_cache = False
+    with pytest.raises(NotApplicable, match="sees the tokens that it is to predict"):
+        check_attention(transformers.BertLMHeadModel(config), "sdpa", packed=False)
+    config.is_decoder = True
+    check_attention(transformers.BertLMHeadModel(config), "sdpa", packed=False)
 
 
 def test_a_packing_is_made_once_and_mapped(tmp_path: Path) -> None:

@@ -180,10 +180,10 @@ def test_a_rank_that_is_killed_ends_the_run_and_leaves_no_process(
         [*MEMLAUNCH, "run", write(job, tmp_path)], stderr=subprocess.PIPE, text=True
     ) as process:
         workers = _workers(process.pid)
-        workers[1].kill()
+        next(w for w in workers if w.environ()["RANK"] == "1").kill()
         _, stderr = process.communicate(timeout=120)
     assert process.returncode == 5
-    assert "error:" in stderr
+    assert "rank 1: error: killed by signal 9" in stderr
     assert not [worker for worker in workers if worker.is_running() and worker.status() != "zombie"]
 
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from memlaunch.launcher.training import tokens
 from memlaunch.launcher.training.errors import JobMismatch
-from memlaunch.launcher.training.model import load_tokenizer
+from memlaunch.launcher.training.model import load_config, load_tokenizer
 from memlaunch.strategies import padding
 from memlaunch.strategies.batching import Mode
 from memlaunch.strategies.bucketing import BucketedSampler
@@ -25,22 +25,16 @@ class Data:
     """What a job trains and evaluates on.
 
     Attributes:
+        pad_token: the id to pad with: the tokenizer's, else the model's, else one that the mask hides.
         max_length: tokens that a sample was cut to.
         heldout: what to evaluate on, or None.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
+    pad_token: int
     max_length: int
     train: tokens.Tokens
     heldout: tokens.Tokens | None
-
-    @property
-    def pad_token(self) -> int:
-        """The id to pad with; any will do where there is none, since the attention mask hides it."""
-        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
-            if isinstance(token, int):
-                return token
-        return 0
 
     def fill(self, field: str) -> int:
         """The value that ``field`` of a batch is padded with."""
@@ -62,7 +56,36 @@ def load(resolved: "ResolvedJob") -> Data:
     heldout = (
         tokens.prepare(job.data, "eval", tokenizer, job.model.task, max_length) if job.data.eval else None
     )
-    return Data(tokenizer, max_length, train, heldout)
+    config = load_config(job.model)
+    pads = (tokenizer.pad_token_id, getattr(config, "pad_token_id", None), tokenizer.eos_token_id)
+    pad_token = next((token for token in pads if isinstance(token, int)), 0)
+    _check_size(config, tokenizer, train, job.model.tokenizer is not None)
+    return Data(tokenizer, pad_token, max_length, train, heldout)
+
+
+def _check_size(
+    config: Any, tokenizer: "PreTrainedTokenizerBase", train: tokens.Tokens, own_tokenizer: bool
+) -> None:
+    """See that the model has an embedding for every token and every position.
+
+    Raises:
+        JobMismatch: it has fewer.
+    """
+    vocabulary = getattr(config, "vocab_size", None)
+    if isinstance(vocabulary, int) and len(tokenizer) > vocabulary:
+        raise JobMismatch(
+            "model.tokenizer" if own_tokenizer else "model.path",
+            f"the tokenizer has {len(tokenizer)} tokens, the model embeds {vocabulary}",
+            "use the tokenizer that the model was made with, or raise `vocab_size` of a new model",
+        )
+    positions = getattr(config, "max_position_embeddings", None)
+    longest = int(train.lengths.max())
+    if isinstance(positions, int) and longest > positions:
+        raise JobMismatch(
+            "data.max_length",
+            f"the longest sample has {longest} tokens, the model {positions} positions",
+            f"set `data.max_length` to {positions} or less",
+        )
 
 
 def sampler(
@@ -100,5 +123,5 @@ def sampler(
             order=data.train.order if mode == "bucketed" else None,
         )
     except ValueError as error:
-        hint = "the longest sample decides; lower `data.max_length`"
+        hint = "lower `data.max_length`, or raise the bound" if by_tokens else "look at the data"
         raise JobMismatch("data.batching", str(error), hint) from error

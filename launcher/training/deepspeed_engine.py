@@ -21,7 +21,7 @@ class DeepSpeedEngine:
     """A ``deepspeed.DeepSpeedEngine`` that steps once a window."""
 
     def __init__(self, module: nn.Module, setup: Setup, world: World, config: Mapping[str, Any]) -> None:
-        os.environ.setdefault("DS_ACCELERATOR", world.kind)
+        os.environ["DS_ACCELERATOR"] = world.kind
         import deepspeed
 
         _skip_shared_memory_kernel()
@@ -129,7 +129,7 @@ class DeepSpeedEngine:
     def _states(self) -> Iterator[tuple[int, int, str]]:
         groups, zero = self._base.param_groups, self._engine.optimizer
         for index, parameter in self._optimized(zero):
-            yield from state_facts(groups[index]["optim_bits"], self._base.state[parameter])
+            yield from state_facts(groups[index]["optim_bits"], self._base.state.get(parameter, {}))
 
     def _optimized(self, zero: Any) -> Iterator[tuple[int, Tensor]]:
         """(group, tensor) of everything the wrapped optimizer works on; ZeRO has it work on partitions."""
@@ -172,7 +172,7 @@ class _ReplicatedStep:
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         gradients = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
         self.norm = precision.unscale_and_clip(gradients, self.cur_scale, self._max_norm)
-        overflow = self._scale is not None and not math.isfinite(self.norm)
+        overflow = not math.isfinite(self.norm)
         optimizer.overflow = overflow  # type: ignore[attr-defined]  # where DeepSpeed looks for it
         if not overflow:
             optimizer.step()

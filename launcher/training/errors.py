@@ -2,7 +2,7 @@
 
 from memlaunch.strategies.technique import NotApplicable
 
-__all__ = ["JobMismatch", "NotApplicable", "TrainingFailed"]
+__all__ = ["JobMismatch", "LaunchFailed", "NotApplicable", "TrainingFailed"]
 
 
 class JobMismatch(ValueError):
@@ -16,6 +16,14 @@ class JobMismatch(ValueError):
     def __init__(self, key: str, message: str, hint: str) -> None:
         super().__init__(message)
         self.key = key
+        self.hint = hint
+
+
+class LaunchFailed(RuntimeError):
+    """The ranks cannot work together as they were started."""
+
+    def __init__(self, message: str, hint: str) -> None:
+        super().__init__(message)
         self.hint = hint
 
 

@@ -46,18 +46,25 @@ class Untouched:
         return self._copies.get(name, tensor).to(self._dtypes[name])
 
 
-def stored_dtypes(folder: str, model: "PreTrainedModel") -> dict[str, torch.dtype]:
-    """Parameter name -> dtype in the safetensors files of ``folder``; empty where there are none.
+def stored_dtypes(path: str, revision: str | None, model: "PreTrainedModel") -> dict[str, torch.dtype]:
+    """Parameter name -> dtype in the weight files of ``path``, a folder or a hub id that has been loaded.
 
-    The files of a base model lack the prefix that the same tensors have inside ``model``.
+    The files of a base model lack the prefix that the same tensors have inside ``model``. Where there are no
+    safetensors, every parameter has the dtype that the model's config tells.
     """
     from safetensors import safe_open
+    from transformers.utils.hub import cached_file
 
+    config = cached_file(path, "config.json", revision=revision)
+    files = sorted(Path(config).parent.glob("*.safetensors")) if config is not None else []
     dtypes: dict[str, torch.dtype] = {}
-    for file in sorted(Path(folder).glob("*.safetensors")) if Path(folder).is_dir() else ():
+    for file in files:
         with safe_open(file, framework="pt") as weights:
             for name in weights.keys():  # noqa: SIM118  (not a mapping)
                 dtypes[name] = _DTYPES.get(weights.get_slice(name).get_dtype(), torch.float32)
+    if not files:
+        told = getattr(model.config, "dtype", None)
+        return dict.fromkeys(dict(model.named_parameters()), told) if isinstance(told, torch.dtype) else {}
     prefix = model.base_model_prefix
     return dtypes | {f"{prefix}.{name}": dtype for name, dtype in dtypes.items()}
 
@@ -68,12 +75,12 @@ _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "
 def save(
     engine: Engine,
     model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase | None",
+    tokenizer: "PreTrainedTokenizerBase",
     untouched: Untouched,
     folder: Path,
     world: World,
 ) -> None:
-    """Write ``folder`` on the main rank; every rank takes part in gathering the weights."""
+    """Write ``folder`` on the main rank, whole or not at all; every rank must take part."""
     weights: dict[str, Tensor] = {}
     gathered: dict[int, Tensor] = {}
     identity = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
@@ -88,6 +95,7 @@ def save(
     buffers = {name: buffer.cpu() for name, buffer in model.named_buffers() if name in persistent}
     if untouched.use_cache is not None:
         model.config.use_cache = untouched.use_cache
-    model.save_pretrained(folder, state_dict=weights | buffers)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+    partial = folder.with_name(f"{folder.name}.partial")
+    model.save_pretrained(partial, state_dict=weights | buffers)
+    tokenizer.save_pretrained(partial)
+    partial.rename(folder)

@@ -35,7 +35,7 @@ class Plan:
     Attributes:
         steps: optimizer steps in all.
         learning_rate: applied step (from 0) -> learning rate.
-        eval_every: steps between evaluations; None for one at the end only.
+        eval_every: steps between evaluations before the last step; None for none.
         record: called on the main rank with each line of ``metrics.jsonl``.
         after_first_step: called on every rank once the engine has done its first step.
     """
@@ -59,7 +59,7 @@ def train(
     """Train for ``plan.steps`` optimizer steps.
 
     Raises:
-        TrainingFailed: the loss is not finite, and no loss scale can mend it.
+        TrainingFailed: a loss or gradient is not finite, and no loss scale can mend it.
     """
     applied = 0
     verified = False
@@ -68,11 +68,10 @@ def train(
         begun = time.perf_counter()
         learning_rate = plan.learning_rate(applied)
         line = _optimizer_step(engine, task, [collate(indices) for indices in window], learning_rate, world)
-        if not math.isfinite(line["loss"]) and line["loss_scale"] is None:
-            raise TrainingFailed(
-                f"the loss of step {number} is {line['loss']}",
-                "lower `training.learning_rate`, or look at the samples of this step",
-            )
+        if line["loss_scale"] is None and (line["loss"] is not None and not math.isfinite(line["loss"])):
+            raise TrainingFailed(f"the loss of step {number} is {line['loss']}", NOT_FINITE)
+        if line["loss_scale"] is None and line["grad_norm"] is None:
+            raise TrainingFailed(f"the gradients of step {number} are not finite", NOT_FINITE)
         applied += not line["skipped"]
         if not verified and not line["skipped"]:
             plan.after_first_step()
@@ -90,11 +89,19 @@ def train(
                 }
             )
         due = plan.eval_every is not None and number % plan.eval_every == 0
-        if evaluate is not None and (due or number == plan.steps):
+        if evaluate is not None and due and number < plan.steps:
             figures = evaluate()
             engine.module.train()
             if world.is_main:
                 plan.record({"step": number, "epoch": round(epoch, 6), **figures})
+    if not applied:
+        raise TrainingFailed(
+            "the gradients of every step overflowed, so nothing was learned",
+            "lower `strategy.precision.loss_scale` or `initial_scale`, or train for more steps",
+        )
+
+
+NOT_FINITE = "lower `training.learning_rate`, or look at the samples of this step"
 
 
 def _windows(sampler: Sampler[Item], steps: int) -> Iterator[tuple[float, Sequence[Sequence[Item]]]]:
@@ -109,6 +116,8 @@ def _optimizer_step(
     engine: Engine, task: Task, window: Sequence[MicroBatch], learning_rate: float, world: World
 ) -> dict[str, Any]:
     """One window, forward, backward and step; the part of its metrics line that the ranks share."""
+    if world.kind == "cuda":
+        torch.cuda.reset_peak_memory_stats(world.device)
     counted, samples, tokens, padded = world.sum(
         [sum(getattr(b, name) for b in window) for name in ("count", "samples", "tokens", "padded_tokens")]
     )
@@ -123,7 +132,7 @@ def _optimizer_step(
     step = engine.step(learning_rate)
     (total,) = world.sum([loss_sum.item()])
     return {
-        "loss": total / counted if counted else math.nan,
+        "loss": total / counted if counted else None,
         "grad_norm": step.grad_norm,
         "loss_scale": step.loss_scale,
         "skipped": step.skipped,

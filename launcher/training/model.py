@@ -1,7 +1,6 @@
 """The job's model and tokenizer."""
 
 import difflib
-import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +8,8 @@ import torch
 import transformers
 from torch import nn
 
+from memlaunch.launcher import model_files
+from memlaunch.launcher.paths import BadPath
 from memlaunch.launcher.training.errors import JobMismatch, NotApplicable
 from memlaunch.launcher.training.tasks import TASKS
 
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
 
     from memlaunch.launcher.job import ModelSection
 
-PACKAGE = "package:"
-
 
 def locate(path: str) -> str:
     """A folder for ``package:NAME/FOLDER``; any other path or hub id as it is.
@@ -26,16 +25,11 @@ def locate(path: str) -> str:
     Raises:
         JobMismatch: the package is not installed, or has no such folder.
     """
-    if not path.startswith(PACKAGE):
-        return path
-    package, _, folder = path.removeprefix(PACKAGE).partition("/")
-    spec = importlib.util.find_spec(package)
-    for root in spec.submodule_search_locations or () if spec else ():
-        if (found := Path(root, folder)).is_dir():
-            return str(found)
-    raise JobMismatch(
-        "model.path", f"no installed package has the folder `{path}`", f"install `{package}`, or use a path"
-    )
+    try:
+        found = model_files.locate(path, Path.cwd())
+    except BadPath as error:
+        raise JobMismatch("model.path", str(error), error.hint) from error
+    return path if found is None else str(found)
 
 
 def load_tokenizer(model: "ModelSection") -> "PreTrainedTokenizerBase":
@@ -75,8 +69,7 @@ def build(model: "ModelSection", labels: list[str] | None, pad_token: int, seed:
         config.num_labels = len(labels)
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: index for index, label in enumerate(labels)}
-    if getattr(config, "pad_token_id", None) is None:
-        config.pad_token_id = pad_token
+    config.pad_token_id = pad_token  # classifiers on decoders find the last token by it
     torch.manual_seed(seed)
     built: PreTrainedModel
     if model.path is None:
@@ -103,34 +96,53 @@ def build(model: "ModelSection", labels: list[str] | None, pad_token: int, seed:
 
 
 @torch.no_grad()
-def check_packing(model: "PreTrainedModel", attention: str) -> None:
-    """See that samples packed into one row do not attend to each other, by a trial on the CPU.
+def check_attention(model: "PreTrainedModel", attention: str, packed: bool) -> None:
+    """See by a trial on the CPU that no token of a causal language model attends to what it must not.
 
-    Flash attention, which needs a GPU, is taken at its word. ``use_cache`` must be off: with a cache, models
-    do not look for packed samples.
+    That is the tokens behind it, and other samples of its row where samples are ``packed``. Flash attention
+    needs a GPU and is not tried. ``use_cache`` must be off: with a cache, models do not look for packed
+    samples.
 
     Raises:
-        NotApplicable: the model makes no difference between packed samples.
+        NotApplicable: a token sees one that it is to predict, or another sample.
     """
     if attention not in ("eager", "sdpa"):
         return
-    ids = torch.tensor([[3, 5, 7, 11, 13]])
-    ids = ids % next(model.get_input_embeddings().parameters()).shape[0]
+    vocabulary = next(model.get_input_embeddings().parameters()).shape[0]
+    ids = torch.tensor([[3, 5, 7, 11, 13]]) % vocabulary
+    other = ids.clone()
+    other[0, -1] = (other[0, -1] + 1) % vocabulary
     was_training = model.training
     model.eval()
-    try:
-        packed = model(input_ids=ids, position_ids=torch.tensor([[0, 1, 0, 1, 2]])).logits[:, 2:]
-        alone = model(input_ids=ids[:, 2:], position_ids=torch.tensor([[0, 1, 2]])).logits
-        apart = torch.allclose(packed, alone, atol=1e-4, rtol=1e-4)
-    except TypeError:
-        apart = False  # its forward takes no positions
+    causal = _close(model(input_ids=ids).logits[:, :-1], model(input_ids=other).logits[:, :-1])
+    apart = not packed or _keeps_apart(model, ids)
     model.train(was_training)
+    if not causal:
+        raise NotApplicable(
+            "model.task",
+            f"`{type(model).__name__}` sees the tokens that it is to predict",
+            "use a decoder; a config of some encoders has `is_decoder` for that",
+        )
     if not apart:
         raise NotApplicable(
             "data.batching",
             f"`{type(model).__name__}` lets samples packed into one row see each other",
             "use `bucketed` batches with this model",
         )
+
+
+def _keeps_apart(model: "PreTrainedModel", ids: torch.Tensor) -> bool:
+    """Whether the last three of five tokens come out as they do alone, told so by their positions."""
+    try:
+        packed = model(input_ids=ids, position_ids=torch.tensor([[0, 1, 0, 1, 2]])).logits[:, 2:]
+        alone = model(input_ids=ids[:, 2:], position_ids=torch.tensor([[0, 1, 2]])).logits
+    except TypeError:
+        return False  # its forward takes no positions
+    return _close(packed, alone)
+
+
+def _close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.allclose(one, other, atol=1e-4, rtol=1e-4)
 
 
 def load_config(model: "ModelSection") -> "PretrainedConfig":
@@ -174,8 +186,10 @@ def load_config(model: "ModelSection") -> "PretrainedConfig":
 def _loaded(key: str, source: str, load: Any) -> Any:
     try:
         return load()
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if "ignore_mismatched_sizes" in str(error):
+            key, first = "model.num_labels", "its tensors have other sizes than this task's"
         raise JobMismatch(
             key, f"`{source}` cannot be loaded: {first}", "look into the log of rank 0"
         ) from error

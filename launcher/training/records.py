@@ -61,15 +61,11 @@ def _csv_rows(path: Path, key: str) -> Iterator[tuple[int, Record]]:
                         "not as many fields as the header",
                         "mend the row, or quote its commas",
                     )
-                yield reader.line_num, {name: _number_or_text(value) for name, value in record.items()}
+                yield reader.line_num, record
         except (csv.Error, UnicodeDecodeError) as error:
             raise bad_line(
                 str(path), reader.line_num, key, f"not a row of CSV: {error}", "mend or remove the row"
             ) from error
-
-
-def _number_or_text(value: str) -> int | str:
-    return int(value) if value.isascii() and value.isdigit() else value
 
 
 def _parquet_rows(path: Path, key: str) -> Iterator[tuple[int, Record]]:

@@ -1,6 +1,7 @@
 """One rank's part of a run, from the resolved job to the saved model."""
 
 import functools
+import inspect
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -12,16 +13,23 @@ from memlaunch.launcher.training.batches import Collate, CollatePacked, MicroBat
 from memlaunch.launcher.training.data import Data, sampler
 from memlaunch.launcher.training.data import load as load_data
 from memlaunch.launcher.training.engine import Engine
-from memlaunch.launcher.training.errors import TrainingFailed
-from memlaunch.launcher.training.model import build, check_packing, locate, parameter_count
+from memlaunch.launcher.training.errors import NotApplicable, TrainingFailed
+from memlaunch.launcher.training.model import (
+    build,
+    check_attention,
+    load_tokenizer,
+    locate,
+    parameter_count,
+)
 from memlaunch.launcher.training.schedule import learning_rate
 from memlaunch.launcher.training.tasks import TASKS, Task
 from memlaunch.launcher.training.world import World
 from memlaunch.strategies import TECHNIQUES, optimizer, precision
+from memlaunch.strategies.padding import padded_length
 from memlaunch.strategies.technique import Setup
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Container, Sequence
 
     from transformers import PreTrainedModel
 
@@ -47,23 +55,26 @@ def run(resolved: "ResolvedJob", folder: "RunDir", world: World) -> None:
 
     data = load_data(resolved)
     names = tokens.label_names(data.train, job.model.num_labels) if data.train.codes is not None else None
-    collate = _collate(job.data.padding, data, data.train, "data.train", task, names)
-    eval_batches = None
-    if data.heldout is not None:
-        eval_batches = _collate(job.data.padding, data, data.heldout, "data.eval", task, names)
 
     model = build(job.model, names, data.pad_token, job.training.seed)
     use_cache = getattr(model.config, "use_cache", None)
     model.config.use_cache = False  # keys and values of earlier tokens have no use in training
-    if job.data.batching.mode == "packed":
-        check_packing(model, job.model.attention)
+    if job.model.task == "causal-lm":
+        check_attention(model, job.model.attention, packed=job.data.batching.mode == "packed")
+    takes = inspect.signature(model.forward).parameters
+    collate = _collate(job.data.padding, data, data.train, "data.train", task, names, takes)
+    eval_batches = None
+    if data.heldout is not None:
+        eval_batches = _collate(job.data.padding, data, data.heldout, "data.eval", task, names, takes)
     for technique in TECHNIQUES:
         technique.prepare_model(model, setup)
-    stored = export.stored_dtypes(locate(job.model.path), model) if job.model.path else {}
+    path = job.model.path
+    stored = export.stored_dtypes(locate(path), job.model.revision, model) if path else {}
     casts = precision.engine_casts(setup.precision)
     untouched = export.Untouched(model, stored, casts, use_cache, world)
     everything, trainable = parameter_count(model)
     ignored = optimizer.useless_overrides(model, setup.optimizer)
+    unused = _watch_gradients(model)
     torch.manual_seed(job.training.seed + world.rank)  # dropout differs between ranks
     engine = _start(model, setup, folder, world)
 
@@ -93,6 +104,12 @@ def run(resolved: "ResolvedJob", folder: "RunDir", world: World) -> None:
         )
 
     def verify() -> None:
+        if unused:
+            raise NotApplicable(
+                "strategy.freeze",
+                f"nothing asks for a gradient of {', '.join(f'`{name}`' for name in sorted(unused)[:5])}",
+                "the model does not use them: freeze them",
+            )
         facts = engine.facts()
         wrong = [sentence for technique in TECHNIQUES for sentence in technique.verify(setup, facts)]
         if wrong:
@@ -105,7 +122,7 @@ def run(resolved: "ResolvedJob", folder: "RunDir", world: World) -> None:
 
     def evaluate() -> dict[str, float]:
         assert eval_batches is not None
-        size = _eval_micro_batch_size(resolved, int(eval_batches.tokens.lengths.max()))
+        size = _eval_micro_batch_size(resolved, data)
         return loop.evaluate(engine, task, eval_batches, size, world)
 
     plan = loop.Plan(
@@ -120,7 +137,14 @@ def run(resolved: "ResolvedJob", folder: "RunDir", world: World) -> None:
     loop.train(
         engine, task, batches, train_collate, plan, world, evaluate if eval_batches is not None else None
     )
-    export.save(engine, model, data.tokenizer, untouched, folder.model, world)
+    # Saved first: an evaluation that fails must not take the training with it. The tokenizer is loaded anew,
+    # since one that has been used remembers how it truncated.
+    export.save(engine, model, load_tokenizer(job.model), untouched, folder.model, world)
+    if eval_batches is not None:
+        figures = evaluate()
+        if world.is_main:
+            epoch = round(steps / batches.steps_per_epoch, 6)
+            folder.append_metrics({"step": steps, "epoch": epoch, **figures})
     if world.is_main:
         folder.append_event("finished", steps=steps)
 
@@ -143,10 +167,14 @@ def _collate(
     key: str,
     task: Task,
     names: "list[str] | None",
+    takes: "Container[str]",
 ) -> Collate:
-    """What makes micro-batches of ``source``; ``key`` is the key of the job that names it."""
+    """What makes micro-batches of ``source``, of the fields that the model ``takes``.
+
+    ``key`` is the key of the job that names the source.
+    """
     classes = tokens.class_of_code(source, names, key) if names is not None else None
-    fill = {name: data.fill(name) for name in source.fields}
+    fill = {name: data.fill(name) for name in source.fields if name in takes}
     return Collate(source, task, padding, data.max_length, fill, classes)
 
 
@@ -168,12 +196,32 @@ def _training_batches(
     return PackedSampler(dealt, packing), packed
 
 
-def _eval_micro_batch_size(resolved: "ResolvedJob", longest: int) -> int:
+def _watch_gradients(model: "PreTrainedModel") -> set[str]:
+    """The trainable parameters that have had no gradient yet; the set shrinks as they get one."""
+    waiting = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    def watch(name: str, parameter: torch.nn.Parameter) -> None:
+        def arrived(tensor: torch.Tensor) -> None:
+            waiting.discard(name)
+            handle.remove()
+
+        handle = parameter.register_post_accumulate_grad_hook(arrived)
+
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            watch(name, parameter)
+    return waiting
+
+
+def _eval_micro_batch_size(resolved: "ResolvedJob", data: Data) -> int:
     """As the job says; else twice the micro-batch, or as many longest samples as the token budget holds."""
     if resolved.job.training.eval_micro_batch_size is not None:
         return resolved.job.training.eval_micro_batch_size
     if resolved.job.data.batching.max_tokens is not None:
-        return max(1, resolved.job.data.batching.max_tokens // longest)
+        assert data.heldout is not None
+        longest = int(data.heldout.lengths.max())
+        width = padded_length(longest, resolved.job.data.padding, data.max_length)
+        return max(1, resolved.job.data.batching.max_tokens // width)
     return 2 * resolved.batch.micro_batch_size
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 
 #: The label of what must not count.
 IGNORED = -100
@@ -50,7 +50,9 @@ def _count(labels: Tensor) -> int:
 
 
 def _next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    return _class_loss(logits[:, :-1].reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1))
+    # The labels move, not the logits: a slice of those would be copied, at the vocabulary's size.
+    following = pad(labels[:, 1:], (0, 1), value=IGNORED)
+    return _class_loss(logits.flatten(0, 1), following.flatten())
 
 
 def _next_token_count(labels: Tensor) -> int:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 #: Samples a record batch of the Arrow file; row i is row i % CHUNK of batch i // CHUNK.
 CHUNK = 4096
 #: Part of every cache key: raise it when the layout or the tokenisation changes.
-LAYOUT = 2
+LAYOUT = 3
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,11 @@ def _key(
 
 def _fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    whole = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    if backend is None:
+        whole = json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    else:  # less what changes with its use
+        state = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
+        whole = json.dumps(state, sort_keys=True)
     special = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
     return hashlib.sha256(f"{type(tokenizer).__name__}{whole}{special}".encode()).hexdigest()
 
@@ -234,6 +238,8 @@ def _check_columns(
 def _label(source: str, line: int, value: Any, data: "DataSection", split: str) -> int | str:
     if isinstance(value, bool):
         return int(value)
+    if isinstance(value, str) and value.isascii() and value.isdigit() and source.lower().endswith(".csv"):
+        return int(value)  # a CSV file has no types
     if isinstance(value, str) or (isinstance(value, int) and value >= 0):
         return value
     raise records.bad_line(
@@ -269,10 +275,11 @@ def _tokenise(
     whole = [len(ids) for ids in encoded["input_ids"]]
     long = [index for index, length in enumerate(whole) if length > max_length]
     fields = {name: [list(row) for row in encoded[name]] for name in encoded}
-    if task == "causal-lm" and tokenizer.eos_token_id is not None:
+    if task == "causal-lm":
+        end = tokenizer.eos_token_id
         for ids in fields["input_ids"]:
-            if not ids or ids[-1] != tokenizer.eos_token_id:
-                ids.append(tokenizer.eos_token_id)
+            if end is not None and (not ids or ids[-1] != end):
+                ids.append(end)
         fields = {"input_ids": fields["input_ids"]}
         long = [i for i, ids in enumerate(fields["input_ids"]) if len(ids) > max_length]
         for i in long:

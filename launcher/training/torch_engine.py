@@ -53,7 +53,7 @@ class TorchEngine:
         scale = self._scale.scale if self._scale else None
         gradients = [p.grad for g in self._optimizer.param_groups for p in g["params"] if p.grad is not None]
         norm = precision.unscale_and_clip(gradients, scale or 1.0, self._setup.max_grad_norm)
-        overflow = self._scale is not None and not math.isfinite(norm)
+        overflow = not math.isfinite(norm)
         if not overflow:
             for group in self._optimizer.param_groups:
                 group["lr"] = learning_rate
@@ -87,7 +87,7 @@ class TorchEngine:
                 state
                 for group in self._optimizer.param_groups
                 for parameter in group["params"]
-                for state in state_facts(group["optim_bits"], self._optimizer.state[parameter])
+                for state in state_facts(group["optim_bits"], self._optimizer.state.get(parameter, {}))
             ),
         )
 

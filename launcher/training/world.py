@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from memlaunch.launcher.training.errors import JobMismatch
+from memlaunch.launcher import resolve
+from memlaunch.launcher.training.errors import JobMismatch, LaunchFailed
 from memlaunch.strategies.technique import Device
 
 
@@ -49,7 +50,8 @@ def join(asked: Device) -> World:
     """Meet the other ranks through the rendezvous in the environment.
 
     Raises:
-        JobMismatch: the job asks for a GPU and this rank has none, or the ranks found different devices.
+        JobMismatch: this rank has no GPU that torch can use, although the job or the machine says so.
+        LaunchFailed: the ranks found different devices.
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -60,6 +62,12 @@ def join(asked: Device) -> World:
             f"rank {rank} needs GPU {local_rank} of its machine, which has {gpus}",
             "lower `cluster.gpus_per_node`, or look at CUDA_VISIBLE_DEVICES and the driver",
         )
+    if asked == "auto" and not gpus and resolve.gpus():
+        raise JobMismatch(
+            "cluster.device",
+            f"this machine has GPUs, and torch {torch.__version__} can use none of them",
+            "install a build of torch for CUDA that suits the driver, or set `cluster.device` to `cpu`",
+        )
     use_gpu = asked == "cuda" or (asked == "auto" and gpus > local_rank)
     device = torch.device("cuda", local_rank) if use_gpu else torch.device("cpu")
     if use_gpu:
@@ -69,8 +77,7 @@ def join(asked: Device) -> World:
     votes = torch.tensor([int(use_gpu)])
     dist.all_reduce(votes)
     if votes.item() not in (0, size):
-        raise JobMismatch(
-            "cluster.device",
+        raise LaunchFailed(
             f"{int(votes.item())} of {size} ranks have a GPU and the others have none",
             "give every rank a GPU, or set `cluster.device` to `cpu`",
         )

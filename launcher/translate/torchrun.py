@@ -37,7 +37,7 @@ def command(resolved: "ResolvedJob", python: str) -> str:
         "#!/usr/bin/env bash",
         f"# Trains {_comment(resolved.job.name)} on {resolved.world_size} rank(s) of this machine.",
         f"# {ENVIRONMENT_VARIABLE} names the run folder; without it a new one is made.",
-        "set -euo pipefail",
+        "set -e",
         'here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"',
         *cluster.setup,
         *(f"export {name}={shlex.quote(value)}" for name, value in exports.items()),
