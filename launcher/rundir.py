@@ -1,7 +1,8 @@
 """The run folder: the only place that knows the names of the files of a run.
 
-``python -m memlaunch.launcher.rundir FOLDER`` makes a new run folder from the files in FOLDER (what
-``memlaunch translate`` wrote, or the ``launch`` folder of a run) and prints its path.
+``python -m memlaunch.launcher.rundir FOLDER RUN`` makes the run folder RUN (a new one, where RUN is empty text)
+from the files in FOLDER, which ``memlaunch translate`` wrote, and prints its path. A run folder that is there and
+has not run is printed as it is.
 """
 
 import contextlib
@@ -93,25 +94,36 @@ class RunDir:
 def create(output: Path, name: str) -> RunDir:
     """A new, empty run folder ``output/name/<time>-<four hex digits>``."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    run = RunDir((output / name / f"{stamp}-{secrets.token_hex(2)}").resolve())
+    return _make(output / name / f"{stamp}-{secrets.token_hex(2)}")
+
+
+def _make(path: Path) -> RunDir:
+    run = RunDir(path.resolve())
     run.logs.mkdir(parents=True)
     run.launch.mkdir()
     return run
 
 
-def create_from(folder: Path) -> RunDir:
-    """A new run folder for the job translated into ``folder``, with copies of its files.
+def create_from(folder: Path, path: Path | None = None) -> RunDir:
+    """A run folder for the job translated into ``folder``, with copies of its files.
+
+    Args:
+        path: where; by default a new folder where the job has its runs. A run folder that has its files and
+            has not run is taken as it is.
 
     Raises:
         FileNotFoundError: neither ``folder`` nor the folder above it holds a ``resolved.json``.
+        FileExistsError: there is something else at ``path``, such as a run that has been.
     """
+    if path is not None and RunDir(path).resolved.exists() and not RunDir(path).events.exists():
+        return RunDir(path)
     resolved = next(
         (p for p in (folder / "resolved.json", folder.parent / "resolved.json") if p.exists()), None
     )
     if resolved is None:
         raise FileNotFoundError(f"no resolved.json in {folder}")
     job = json.loads(resolved.read_text(encoding="utf-8"))
-    run = create(Path(job["output"]["dir"]), job["name"])
+    run = create(Path(job["output"]["dir"]), job["name"]) if path is None else _make(path)
     files = {file.name: file.read_text(encoding="utf-8") for file in folder.iterdir() if file.is_file()}
     text = resolved.read_text(encoding="utf-8")
     run.place({**files, run.resolved.name: text, run.job.name: text})
@@ -150,4 +162,8 @@ def _finite(value: Any) -> Any:
 
 
 if __name__ == "__main__":
-    print(create_from(Path(sys.argv[1])).path)
+    source, target = sys.argv[1:]
+    try:
+        print(create_from(Path(source), Path(target) if target else None).path)
+    except OSError as error:
+        sys.exit(f"error: no run folder can be made: {error}")

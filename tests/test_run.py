@@ -115,6 +115,16 @@ def test_the_translated_command_runs_by_hand_and_gives_the_same_metrics(
         ["bash", tmp_path / "translated" / "command.sh"], check=True, capture_output=True, timeout=300
     )
     (by_hand,) = (RunDir(p) for p in (tmp_path / "runs" / "job").iterdir() if p != by_run.path)
+    assert (by_hand.launch / "command.sh").read_text() == (by_run.launch / "command.sh").read_text()
+    again = subprocess.run(
+        ["bash", tmp_path / "translated" / "command.sh"],
+        env={**os.environ, "MEMLAUNCH_RUN_DIR": str(by_run.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert again.returncode != 0
+    assert "no run folder can be made" in again.stderr, "a run that has been is not written into"
 
     def without_time(line: dict[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in line.items() if key not in ("step_seconds", "tokens_per_second")}

@@ -32,7 +32,7 @@ def command(resolved: "ResolvedJob", python: str) -> str:
     """
     cluster = resolved.job.cluster
     exports = {**cluster.env, "OMP_NUM_THREADS": str(resolved.threads_per_rank)}
-    new_run = f'{shlex.quote(python)} -m memlaunch.launcher.rundir "$here"'
+    run_dir = f'{shlex.quote(python)} -m memlaunch.launcher.rundir "$here" "${{{ENVIRONMENT_VARIABLE}:-}}"'
     lines = [
         "#!/usr/bin/env bash",
         f"# Trains {_comment(resolved.job.name)} on {resolved.world_size} rank(s) of this machine.",
@@ -41,7 +41,8 @@ def command(resolved: "ResolvedJob", python: str) -> str:
         'here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"',
         *cluster.setup,
         *(f"export {name}={shlex.quote(value)}" for name, value in exports.items()),
-        f'export {ENVIRONMENT_VARIABLE}="${{{ENVIRONMENT_VARIABLE}:-$({new_run})}}"',
+        f'{ENVIRONMENT_VARIABLE}="$({run_dir})"',
+        f"export {ENVIRONMENT_VARIABLE}",
         f'echo "run folder: ${ENVIRONMENT_VARIABLE}" >&2',
         "exec " + shlex.join(argv(resolved, python)),
     ]
