@@ -1,8 +1,8 @@
 """The run folder: the only place that knows the names of the files of a run.
 
-``python -m memlaunch.launcher.rundir FOLDER RUN`` makes the run folder RUN (a new one, where RUN is empty text)
-from the files in FOLDER, which ``memlaunch translate`` wrote, and prints its path. A run folder that is there and
-has not run is printed as it is.
+``python -m memlaunch.launcher.rundir FOLDER RUN`` makes the run folder RUN (a new one, where RUN is empty
+text) from the files in FOLDER, which ``memlaunch translate`` wrote, and prints its path. A run folder that is
+there and has not run is printed as it is.
 """
 
 import contextlib
