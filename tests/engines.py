@@ -14,11 +14,8 @@ from memlaunch.launcher.training.tasks import TASKS
 from memlaunch.launcher.training.world import World
 from memlaunch.launcher.translate.deepspeed import technique_config
 from memlaunch.strategies import TECHNIQUES
-from memlaunch.strategies.checkpointing import CheckpointingSettings
-from memlaunch.strategies.optimizer import OptimizerSettings
-from memlaunch.strategies.precision import PrecisionSettings
-from memlaunch.strategies.sharding import ZeroSettings
 from memlaunch.strategies.technique import Setup
+from tests import setups
 
 TASK = TASKS["sequence-classification"]
 
@@ -44,39 +41,25 @@ class Strategy(NamedTuple):
     zero: Mapping[str, Any] = {}
 
 
-def setup_of(strategy: Strategy, world: World, *, max_grad_norm: float | None = 1.0) -> Setup:
-    return Setup(
+def setup_of(strategy: Strategy, world: World) -> Setup:
+    """Windows of two micro-batches of four samples over all ranks."""
+    return setups.setup(
         engine=strategy.engine,
-        device="cpu",
         world_size=world.size,
         micro_batch_size=4 // world.size,
         gradient_accumulation_steps=2,
-        learning_rate=1e-3,
-        weight_decay=0.01,
-        betas=(0.9, 0.999),
-        eps=1e-8,
-        max_grad_norm=max_grad_norm,
-        zero=ZeroSettings.model_validate({"stage": strategy.stage, **strategy.zero}),
-        precision=PrecisionSettings.model_validate(strategy.precision),
-        activation_checkpointing=CheckpointingSettings.model_validate(strategy.checkpointing),
-        optimizer=OptimizerSettings.model_validate(strategy.optimizer),
+        zero={"stage": strategy.stage, **strategy.zero},
+        precision=strategy.precision,
+        activation_checkpointing=strategy.checkpointing,
+        optimizer=strategy.optimizer,
         freeze=strategy.freeze,
     )
 
 
 def bert() -> transformers.BertForSequenceClassification:
     """Three layers of 64, no dropout; always the same weights."""
-    torch.manual_seed(0)
-    return transformers.BertForSequenceClassification(
-        transformers.BertConfig(
-            vocab_size=500,
-            hidden_size=64,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            intermediate_size=128,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-        )
+    return setups.bert(
+        vocab_size=500, hidden_size=64, num_hidden_layers=3, num_attention_heads=2, intermediate_size=128
     )
 
 

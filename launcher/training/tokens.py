@@ -215,24 +215,16 @@ def _batches(
 def _check_columns(
     source: str, line: int, record: records.Record, data: "DataSection", split: str, task: str
 ) -> None:
+    wrong = None
     for column in text_columns(data):
         if not isinstance(record.get(column), str):
-            what = "is missing" if record.get(column) is None else f"is {record[column]!r}, not text"
-            raise records.bad_line(
-                source,
-                line,
-                f"data.{split}",
-                f"`{column}` {what}",
-                "the columns are " + ", ".join(f"`{name}`" for name in record),
-            )
+            missing = record.get(column) is None
+            wrong = f"`{column}` " + ("is missing" if missing else f"is {record[column]!r}, not text")
     if task == "sequence-classification" and record.get(label_column(data)) is None:
-        raise records.bad_line(
-            source,
-            line,
-            f"data.{split}",
-            f"`{label_column(data)}` is missing",
-            "the columns are " + ", ".join(f"`{name}`" for name in record),
-        )
+        wrong = f"`{label_column(data)}` is missing"
+    if wrong is not None:
+        hint = "the columns are " + ", ".join(f"`{name}`" for name in record)
+        raise records.bad_line(source, line, f"data.{split}", wrong, hint)
 
 
 def _label(source: str, line: int, value: Any, data: "DataSection", split: str) -> int | str:
