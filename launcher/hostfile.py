@@ -14,7 +14,7 @@ from memlaunch.launcher.errors import Problem, UserError
 #: More are a slip of the finger: no machine has as many GPUs.
 MAX_SLOTS = 1024
 
-_WORD = re.compile(r"[^ \t\r]+")
+_WORD = re.compile(r"[^ \t]+")
 _LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
 _NAME = re.compile(rf"(?=.{{1,253}}\Z){_LABEL}(?:\.{_LABEL})*")
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
@@ -55,7 +55,7 @@ def parse(text: str, source: str = "hostfile") -> tuple[Host, ...]:
     problems: list[Problem] = []
     seen: dict[str, int] = {}
     for number, line in enumerate(text.split("\n"), 1):
-        words = list(_WORD.finditer(line.partition("#")[0]))
+        words = list(_WORD.finditer(line.removesuffix("\r").partition("#")[0]))
         if not words:
             continue
         name = words[0][0]

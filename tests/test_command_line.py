@@ -16,6 +16,7 @@ import pytest
 
 from memlaunch.launcher import cli, init, resolve
 from memlaunch.launcher.errors import UserError, wants_colour
+from memlaunch.launcher.source import Document
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "reviews"
 JOB = EXAMPLES / "job.json"
@@ -189,13 +190,13 @@ def test_the_exit_code_of_a_run_is_the_launcher_s(memlaunch: Run, monkeypatch: p
 
     started: list[Any] = []
 
-    def run(resolved: resolve.ResolvedJob, job_path: Path) -> int:
-        started.append((resolved.job.training.max_steps, job_path))
+    def run(resolved: resolve.ResolvedJob, document: Document) -> int:
+        started.append((resolved.job.training.max_steps, document.name))
         return 5
 
     monkeypatch.setattr(launch, "run", run)
     assert memlaunch("run", JOB, "--set", "training.max_steps=3")[0] == 5
-    assert started == [(3, JOB)]
+    assert started == [(3, str(JOB))]
 
 
 def test_ctrl_c_is_exit_code_130(memlaunch: Run, monkeypatch: pytest.MonkeyPatch) -> None:
