@@ -1,5 +1,6 @@
 """The checks of a job that need more than one key, a file, or a feature that is not there yet."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -194,7 +195,7 @@ def _check_data(job: Job, base: Path) -> Iterator[Conflict]:
             yield Conflict(key, f"`{path}` {error}", error.hint)
             continue
         yield from _check_columns(job, key, path, record)
-    yield from _check_batching(job)
+    yield from _check_batching(job, base)
     limit = positions(job, base)
     if data.max_length is not None and limit is not None and data.max_length > limit:
         yield Conflict(
@@ -260,7 +261,7 @@ def _columns(record: Mapping[str, Any]) -> str:
     return f"its columns are {names}" if len(record) <= 8 else f"its first columns are {names}"
 
 
-def _check_batching(job: Job) -> Iterator[Conflict]:
+def _check_batching(job: Job, base: Path) -> Iterator[Conflict]:
     batching, training = job.data.batching, job.training
     if batching.mode == "packed" and job.model.task != "causal-lm":
         yield Conflict(
@@ -294,11 +295,15 @@ def _check_batching(job: Job) -> Iterator[Conflict]:
                 "remove one of them",
                 (key,),
             )
-    if job.data.max_length is not None and job.data.max_length > batching.max_tokens:
+    longest = job.data.max_length
+    if longest is None:
+        with contextlib.suppress(BadPath):  # told elsewhere
+            longest = tokenizer_limit(job, base)
+    if longest is not None and longest > batching.max_tokens:
         yield Conflict(
             key,
-            f"a sample of `max_length` {job.data.max_length} does not fit",
-            "give at least `max_length`",
+            f"a sample of `max_length` {longest} does not fit",
+            "give at least `max_length`, or lower that",
             ("data.max_length",),
         )
 
@@ -462,6 +467,14 @@ def _check_cluster(job: Job, base: Path) -> Iterator[Conflict]:
         if file is not None:
             what = "is a file" if file == folder else f"lies below the file `{file.name}`"
             yield Conflict("output.dir", f"`{job.output.dir}` {what}", "name a folder")
+
+
+def tokenizer_limit(job: Job, base: Path) -> int | None:
+    """The longest sample that tokenizer and model take, where a tokenizer on this machine says so."""
+    folder = model_files.locate(job.model.tokenizer or job.model.path or "", base)
+    limit = model_files.max_length(folder) if folder is not None else None
+    places = positions(job, base)
+    return min(limit, places) if limit is not None and places is not None else limit
 
 
 def positions(job: Job, base: Path) -> int | None:

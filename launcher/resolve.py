@@ -159,7 +159,7 @@ def resolve(job: Job, *, base: Path, name: str) -> ResolvedJob:
                 train=_data_path(data.train, base),
                 eval=data.eval and _data_path(data.eval, base),
                 label=(data.label or "label") if classifies else None,
-                max_length=data.max_length or _tokenizer_limit(job, base),
+                max_length=data.max_length or checks.tokenizer_limit(job, base),
                 batching=_with(data.batching, bucket_size=_bucket_size(job, batch, ranks)),
             ),
             training=_with(
@@ -218,14 +218,6 @@ def _cores() -> int:
     import psutil
 
     return min(len(os.sched_getaffinity(0)), psutil.cpu_count(logical=False) or 1)
-
-
-def _tokenizer_limit(job: Job, base: Path) -> int | None:
-    """The longest sample that tokenizer and model take, where a tokenizer on this machine says so."""
-    folder = model_files.locate(job.model.tokenizer or job.model.path or "", base)
-    limit = model_files.max_length(folder) if folder is not None else None
-    positions = checks.positions(job, base)
-    return min(limit, positions) if limit is not None and positions is not None else limit
 
 
 def _model_path(path: str | None, base: Path) -> str | None:
