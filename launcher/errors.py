@@ -7,7 +7,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TextIO
 
+#: Exit codes of the command, and what ranks write of how they ended.
 EXIT_JOB = 2
+EXIT_MEMORY = 3
+EXIT_LAUNCH = 4
+EXIT_FAILED = 5
+EXIT_STOPPED = 75
+EXIT_INTERRUPTED = 130
 
 #: Columns of a source line that are shown; of a longer one, the part around the problem.
 WIDTH = 100

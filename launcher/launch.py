@@ -11,16 +11,12 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from memlaunch.launcher import errors, rundir, translate
+from memlaunch.launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_LAUNCH, EXIT_STOPPED
 from memlaunch.launcher.monitor import Monitor
 
 if TYPE_CHECKING:
     from memlaunch.launcher.resolve import ResolvedJob
     from memlaunch.launcher.source import Document
-
-EXIT_LAUNCH = 4
-EXIT_FAILED = 5
-EXIT_STOPPED = 75
-EXIT_INTERRUPTED = 130
 
 #: Lines of a log shown when a run fails.
 TAIL = 15

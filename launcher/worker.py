@@ -9,12 +9,8 @@ import sys
 import traceback
 from pathlib import Path
 
+from memlaunch.launcher.errors import EXIT_FAILED, EXIT_JOB, EXIT_LAUNCH, EXIT_MEMORY
 from memlaunch.launcher.rundir import ENVIRONMENT_VARIABLE, RunDir
-
-EXIT_JOB = 2
-EXIT_MEMORY = 3
-EXIT_LAUNCH = 4
-EXIT_FAILED = 5
 
 
 def main() -> int:

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING, Any, Literal
 
-from memlaunch.launcher.errors import UserError
+from memlaunch.launcher.errors import EXIT_FAILED, UserError
 
 if TYPE_CHECKING:
     from memlaunch.launcher.resolve import ResolvedJob
@@ -32,7 +32,9 @@ def batches(resolved: "ResolvedJob", document: "Document") -> dict[str, Any]:
         check=False,
     )
     if done.returncode:
-        raise UserError("the batches could not be planned", "what went wrong stands above", exit_code=5)
+        raise UserError(
+            "the batches could not be planned", "what went wrong stands above", exit_code=EXIT_FAILED
+        )
     answer: dict[str, Any] = json.loads(done.stdout)
     if "key" in answer:
         raise UserError(problems=[document.finding(answer["key"], answer["message"], answer["hint"])])

@@ -1,6 +1,5 @@
 """The job's model and tokenizer."""
 
-import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +8,7 @@ import transformers
 from torch import nn
 
 from memlaunch.launcher import model_files
+from memlaunch.launcher.keys import closest
 from memlaunch.launcher.paths import BadPath
 from memlaunch.launcher.training.errors import JobMismatch, NotApplicable
 from memlaunch.launcher.training.tasks import TASKS
@@ -196,8 +196,8 @@ def _loaded(key: str, source: str, load: Any) -> Any:
 
 
 def _did_you_mean(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean `{close[0]}`?" if close else "look the name up in the documentation of transformers"
+    close = closest(name, known)
+    return f"did you mean `{close}`?" if close else "look the name up in the documentation of transformers"
 
 
 def parameter_count(model: nn.Module) -> tuple[int, int]:

@@ -4,6 +4,7 @@ import shlex
 from typing import TYPE_CHECKING
 
 from memlaunch.launcher.rundir import ENVIRONMENT_VARIABLE
+from memlaunch.launcher.translate import shell
 
 if TYPE_CHECKING:
     from memlaunch.launcher.resolve import ResolvedJob
@@ -35,19 +36,15 @@ def command(resolved: "ResolvedJob", python: str) -> str:
     run_dir = f'{shlex.quote(python)} -m memlaunch.launcher.rundir "$here" "${{{ENVIRONMENT_VARIABLE}:-}}"'
     lines = [
         "#!/usr/bin/env bash",
-        f"# Trains {_comment(resolved.job.name)} on {resolved.world_size} rank(s) of this machine.",
+        f"# Trains {shell.comment(resolved.job.name)} on {resolved.world_size} rank(s) of this machine.",
         f"# {ENVIRONMENT_VARIABLE} names the run folder; without it a new one is made.",
         "set -e",
         'here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"',
         *cluster.setup,
-        *(f"export {name}={shlex.quote(value)}" for name, value in exports.items()),
+        *shell.exports(exports),
         f'{ENVIRONMENT_VARIABLE}="$({run_dir})"',
         f"export {ENVIRONMENT_VARIABLE}",
         f'echo "run folder: ${ENVIRONMENT_VARIABLE}" >&2',
         "exec " + shlex.join(argv(resolved, python)),
     ]
     return "\n".join(lines) + "\n"
-
-
-def _comment(text: str) -> str:
-    return " ".join(text.split())
