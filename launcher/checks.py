@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from memlaunch.launcher import data_files, model_files
-from memlaunch.launcher.job import Job, batch_of, setup_of
+from memlaunch.launcher.job import ClusterSection, Job, ScriptSection, batch_of, setup_of
 from memlaunch.launcher.keys import KeyPath, closest, dotted
+from memlaunch.launcher.layout import Layout
 from memlaunch.launcher.paths import BadPath, beside, kind
 from memlaunch.launcher.scanner import kind_of
+from memlaunch.launcher.translate import slurm
 from memlaunch.strategies import TECHNIQUES, patterns
 from memlaunch.strategies.accumulation import Batch, BatchError
 from memlaunch.strategies.freezing import no_match
+from memlaunch.strategies.settings import changed
 from memlaunch.strategies.technique import Conflict
 
 #: What a rank is told by its launcher, or by other keys of the job.
@@ -78,14 +81,42 @@ _BATCH_KEYS = (
 )
 
 
-def check(job: Job, base: Path, ranks: int) -> Iterator[Conflict]:
+def check(job: Job, base: Path, layout: Layout) -> Iterator[Conflict]:
     """What in a job cannot stand together, is not there, or is not supported yet."""
-    yield from _check_model(job, base)
-    yield from _check_data(job, base)
-    yield from _check_training(job, ranks)
-    yield from _check_strategy(job, ranks)
-    yield from _check_patterns(job, base)
-    yield from _check_cluster(job, base)
+    yield from _check_sections(job)
+    if job.script is not None:
+        yield from _check_script(job.script, base)
+    if "model" in job.model_fields_set:
+        yield from _check_model(job, base)
+        yield from _check_patterns(job, base)
+    if "data" in job.model_fields_set:
+        yield from _check_data(job, base)
+    yield from _check_training(job, layout.ranks)
+    yield from _check_strategy(job, layout.ranks)
+    yield from _check_cluster(job.cluster, layout, base)
+    yield from _check_slurm(job.cluster, layout, base)
+    yield from _check_output(job, base)
+
+
+def _check_sections(job: Job) -> Iterator[Conflict]:
+    """A job trains a model on data, or runs a script."""
+    for name, example in (("model", '{"path": "bert-base-uncased"}'), ("data", '{"train": "train.jsonl"}')):
+        given = name in job.model_fields_set
+        if job.script is None and not given:
+            hint = f'add `"{name}": {example}`, for example, or a `script` in the place of both'
+            yield Conflict(name, "there is none", hint)
+        elif job.script is not None and given:
+            yield Conflict(name, "a script brings its own", "remove it, or the `script`", ("script",))
+
+
+def _check_script(script: ScriptSection, base: Path) -> Iterator[Conflict]:
+    for key, path, wanted in (("path", script.path, "file"), ("folder", script.folder, "folder")):
+        try:
+            if path is not None and (what := kind(beside(path, base))) != wanted:
+                message = "does not exist" if what == "nothing" else f"is a {what}"
+                yield Conflict(f"script.{key}", f"`{path}` {message}", f"name a {wanted}")
+        except BadPath as error:
+            yield Conflict(f"script.{key}", str(error), error.hint)
 
 
 def _check_model(job: Job, base: Path) -> Iterator[Conflict]:
@@ -445,19 +476,95 @@ def _items(pattern: str, parameters: model_files.Parameters) -> Iterator[int]:
         index += 1
 
 
-def _check_cluster(job: Job, base: Path) -> Iterator[Conflict]:
-    cluster = job.cluster
-    if cluster.nodes > 1:
+def _check_cluster(cluster: ClusterSection, layout: Layout, base: Path) -> Iterator[Conflict]:
+    launcher = cluster.launcher
+    if cluster.hostfile is not None and launcher == "slurm":
+        hint = "remove it; `cluster.slurm.nodelist` asks for nodes by name"
+        yield Conflict("cluster.hostfile", "SLURM chooses the nodes", hint, ("cluster.launcher",))
+    elif cluster.hostfile is not None:
+        if cluster.nodes is not None and cluster.nodes != layout.nodes:
+            message = f"{cluster.nodes} machines, and the hostfile has {layout.nodes}"
+            yield Conflict("cluster.nodes", message, "remove it, or `include` fewer", ("cluster.hostfile",))
+        if cluster.gpus_per_node not in (None, layout.per_node):
+            slots = layout.per_node or ", ".join(str(len(host.slots)) for host in layout.hosts)
+            message = f"{cluster.gpus_per_node} ranks, and the slots of the hostfile are {slots}"
+            yield Conflict("cluster.gpus_per_node", message, "remove it", ("cluster.hostfile",))
+    elif (cluster.nodes or 1) > 1 and launcher in ("torchrun", "deepspeed"):
         yield Conflict(
             "cluster.nodes",
-            f"torchrun starts ranks on this machine only, not on {cluster.nodes}",
-            "use 1; more machines are not supported yet",
+            f"nothing says which {cluster.nodes} machines {launcher} is to start ranks on",
+            "name a `hostfile`, or use the launcher `slurm`",
+            ("cluster.launcher",),
         )
-    for name in cluster.env:
-        if name in _OWN_VARIABLES:
-            ours = _OWN_VARIABLES[name]
-            hint = f"use `{ours}`" if ours else "remove it"
-            yield Conflict(dotted(("cluster", "env", name)), f"the launcher sets `{name}` itself", hint)
+    for name in ("include", "exclude"):
+        if getattr(cluster, name) is not None and cluster.hostfile is None:
+            yield Conflict(f"cluster.{name}", "there is no hostfile to choose from", "name a `hostfile`")
+    if launcher == "mpirun" and any(host.slots != tuple(range(len(host.slots))) for host in layout.hosts):
+        key = "cluster.include" if cluster.include else "cluster.exclude"
+        hint = "choose whole hosts, or set CUDA_VISIBLE_DEVICES in `cluster.env`"
+        yield Conflict(key, "mpirun cannot choose among the GPUs of a host", hint, ("cluster.launcher",))
+    over_ssh = launcher in ("torchrun", "deepspeed")
+    if cluster.ssh_options and not (over_ssh and cluster.hostfile is not None):
+        hint = "remove them" if over_ssh else "set them in `~/.ssh/config`"
+        message = "nothing is started over our ssh here"
+        yield Conflict("cluster.ssh_options", message, hint, ("cluster.launcher",))
+    if cluster.mpi_options and launcher != "mpirun":
+        hint = "remove them, or use the launcher `mpirun`"
+        yield Conflict("cluster.mpi_options", f"`{launcher}` takes none", hint, ("cluster.launcher",))
+    for key, names in (("env", list(cluster.env)), ("pass_env", cluster.pass_env)):
+        for index, name in enumerate(names):
+            at = dotted(("cluster", key, name if key == "env" else index))
+            if name in _OWN_VARIABLES:
+                ours = _OWN_VARIABLES[name]
+                hint = f"use `{ours}`" if ours else "remove it"
+                yield Conflict(at, f"the launcher sets `{name}` itself", hint)
+            elif key == "pass_env" and name in cluster.env:
+                yield Conflict(at, f"`{name}` has a value in `cluster.env`", "remove one of them")
+
+
+def _check_slurm(cluster: ClusterSection, layout: Layout, base: Path) -> Iterator[Conflict]:
+    asked = cluster.slurm
+    if cluster.launcher != "slurm":
+        for name in changed(asked, *type(asked).model_fields):
+            hint = "remove it, or use the launcher `slurm`"
+            message = f"`{cluster.launcher}` asks SLURM for nothing"
+            yield Conflict(f"cluster.slurm.{name}", message, hint, ("cluster.launcher",))
+        return
+    gpus = slurm.gpus_in(asked.gres or "")
+    if gpus is not None and cluster.device == "cpu":
+        yield Conflict(
+            "cluster.slurm.gres",
+            "it asks for GPUs, and the ranks compute on the CPU",
+            "remove it, or the `device`",
+            ("cluster.device",),
+        )
+    elif gpus is not None and cluster.gpus_per_node not in (None, gpus):
+        yield Conflict(
+            "cluster.gpus_per_node",
+            f"{cluster.gpus_per_node} ranks, and `slurm.gres` asks for {gpus} GPUs",
+            "remove one of them",
+            ("cluster.slurm.gres",),
+        )
+    elif gpus is None and cluster.gpus_per_node is None and cluster.device != "cpu":
+        yield Conflict(
+            "cluster.gpus_per_node",
+            "nothing says how many ranks a node is to run; this machine cannot tell",
+            "set it; with `device` `cuda`, as many GPUs are asked for",
+            ("cluster.launcher",),
+        )
+    template = slurm.template(asked, layout.nodes)
+    if isinstance(template, Path):
+        template = beside(str(template), base)
+    try:
+        slurm.script(template, asked, name="a job", nodes=layout.nodes, python="python")
+    except (ValueError, OSError) as error:
+        message = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)
+        message = message.replace(f"`{template}`", f"`{asked.template}`")
+        hint = "name one of ours, which are single, multinode and preemptible, or a file of your own"
+        yield Conflict("cluster.slurm.template", message, hint, ("cluster.nodes",))
+
+
+def _check_output(job: Job, base: Path) -> Iterator[Conflict]:
     folder = beside(job.output.dir, base)
     try:
         file = next((path for path in (folder, *folder.parents) if kind(path) == "file"), None)

@@ -69,6 +69,7 @@ def _options(
 def run(
     job: JobFile,
     sets: Sets = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Follow a job that goes to SLURM to its end.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would run, and run nothing.")
     ] = False,
@@ -82,7 +83,7 @@ def run(
         for name, text in translate.files(resolved).items():
             print(f"==> {name} <==\n{text}")
         return
-    raise typer.Exit(launch.run(resolved, document))
+    raise typer.Exit(launch.run(resolved, document, wait=wait))
 
 
 @app.command()

@@ -25,6 +25,7 @@ from types import FrameType
 from memlaunch.launcher import hostfile
 from memlaunch.launcher.errors import UserError
 from memlaunch.launcher.node import HEARTBEAT, TURN
+from memlaunch.launcher.rundir import ENVIRONMENT_VARIABLE, RunDir
 from memlaunch.launcher.translate import ssh
 
 #: Exit status where a host was not reached, or was lost on the way; ssh's own.
@@ -93,6 +94,8 @@ def _watch(nodes: Sequence["_Node"], signals: Sequence[int]) -> int:
                 first = status
                 lost = ": it was not reached, or was lost" if status == UNREACHABLE else ""
                 _say(node.host, f"ended with exit status {status}{lost}")
+                if lost and (folder := os.environ.get(ENVIRONMENT_VARIABLE)):
+                    RunDir(Path(folder)).append_event("lost", host=node.host)
                 deadline = time.monotonic() + GRACE
         if (signals or first is not None) and not stopping:
             stopping = True

@@ -29,20 +29,21 @@ class Host:
     slots: tuple[int, ...]
 
 
-def read(path: Path) -> tuple[Host, ...]:
-    """The hosts that the file at ``path`` lists.
+def read(path: Path, name: str | None = None) -> tuple[Host, ...]:
+    """The hosts that the file at ``path`` lists; ``name`` is what the user calls it.
 
     Raises:
         UserError: it cannot be read, or :func:`parse` refuses it.
     """
+    name = name or str(path)
     try:
         text = path.read_bytes().decode()
     except OSError as error:
-        raise UserError(f"{path}: the hostfile cannot be read: {error.strerror}", hint=_EXAMPLE) from None
+        raise UserError(f"{name}: the hostfile cannot be read: {error.strerror}", hint=_EXAMPLE) from None
     except UnicodeDecodeError as error:
-        problem = f"{path}: the hostfile is not UTF-8 text: byte 0x{error.object[error.start]:02x}"
+        problem = f"{name}: the hostfile is not UTF-8 text: byte 0x{error.object[error.start]:02x}"
         raise UserError(problem, hint="save it as plain text") from None
-    return parse(text, str(path))
+    return parse(text, name)
 
 
 def parse(text: str, source: str = "hostfile") -> tuple[Host, ...]:

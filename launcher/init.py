@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from memlaunch.launcher import data_files, model_files, resolve
+from memlaunch.launcher import data_files, layout, model_files, resolve
 from memlaunch.launcher.errors import UserError
 from memlaunch.launcher.job import Task
 from memlaunch.launcher.paths import BadPath
@@ -87,7 +87,7 @@ def first_job(answers: Answers, ask: Ask) -> dict[str, Any]:
             rest = [name for name in labels if name != data["text"]]
             data["label"] = _column("class", _LABELS, rest, list(record), ask)
     model = answers.model or ask("Model (Hugging Face id, folder, or package:NAME/FOLDER)", _MODELS.get(task))
-    gpus = resolve.gpus() if answers.gpus is None else answers.gpus
+    gpus = layout.gpus() if answers.gpus is None else answers.gpus
     return {
         "model": {"path": _model(model, answers.out), "task": task},
         "data": data,

@@ -7,8 +7,9 @@ What needs more than one key, or a look at the machine, is checked in ``resolve.
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, JsonValue
+from pydantic import AfterValidator, ConfigDict, Field, JsonValue
 
+from memlaunch.launcher.translate.slurm import SlurmSettings
 from memlaunch.strategies import patterns
 from memlaunch.strategies.accumulation import Batch, solve_batch
 from memlaunch.strategies.batching import BatchingSettings
@@ -21,6 +22,7 @@ from memlaunch.strategies.sharding import ZeroSettings
 from memlaunch.strategies.technique import Device, Setup
 
 Task = Literal["sequence-classification", "causal-lm"]
+Launcher = Literal["torchrun", "deepspeed", "mpirun", "slurm"]
 PositiveInt = Annotated[int, Field(ge=1)]
 
 
@@ -218,15 +220,46 @@ class StrategySection(Settings):
     )
 
 
+class ScriptSection(Settings):
+    """A training script of the user's, in the place of `model` and `data`."""
+
+    SHORTHAND = "path"
+
+    path: str = Field(min_length=1, description="The Python file that every rank runs.")
+    args: list[ShellText] = Field(default_factory=list, description="Its arguments, passed on byte for byte.")
+    folder: str | None = Field(
+        default=None, min_length=1, description="The folder it runs in; default: that of the job file."
+    )
+
+
 class ClusterSection(Settings):
     """The machines and how the ranks start on them."""
 
-    launcher: Literal["torchrun"] = Field(default="torchrun", description="What starts the ranks.")
-    nodes: int = Field(default=1, ge=1, description="Machines.")
+    launcher: Launcher = Field(
+        default="torchrun",
+        description="What starts the ranks. `torchrun` and `deepspeed` start them on this machine, or over "
+        "ssh on the hosts of a `hostfile`.",
+    )
+    nodes: PositiveInt | None = Field(
+        default=None, description="Machines; default: the hosts of the `hostfile`, or 1."
+    )
     gpus_per_node: PositiveInt | None = Field(
         default=None,
-        description="Ranks of a machine, one a GPU; on a CPU, the number of ranks. Default: the GPUs of this "
-        "machine, or 1.",
+        description="Ranks of a machine, one a GPU; on a CPU, the number of ranks. Default: the slots of the "
+        "`hostfile`, or the GPUs of this machine, or 1.",
+    )
+    hostfile: str | None = Field(
+        default=None,
+        min_length=1,
+        description="The machines and their slots, `worker-1 slots=8` a line, as DeepSpeed writes it.",
+    )
+    include: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Only these hosts and slots of the `hostfile`, such as `worker-1@worker-2:0,2`.",
+    )
+    exclude: str | None = Field(
+        default=None, min_length=1, description="All but these hosts and slots of the `hostfile`."
     )
     device: Literal["auto", "cuda", "cpu"] = Field(
         default="auto", description="Where the ranks compute; `auto`: on GPUs where there are some."
@@ -237,24 +270,51 @@ class ClusterSection(Settings):
     env: dict[Annotated[str, AfterValidator(_variable)], ShellText] = Field(
         default_factory=dict, description="Environment variables of every rank, passed on byte for byte."
     )
+    pass_env: list[Annotated[str, AfterValidator(_variable)]] = Field(
+        default_factory=list,
+        description="Names of environment variables that other machines take over from this one, such as "
+        "`HF_TOKEN`. Their values are written nowhere.",
+    )
     setup: list[ShellText] = Field(
         default_factory=list,
         description="Shell lines that run before the ranks start, such as `module load cuda`.",
     )
+    ssh_options: list[ShellText] = Field(
+        default_factory=list,
+        description="Options of ssh, each a word, such as `-p2222`.",
+    )
+    mpi_options: list[ShellText] = Field(
+        default_factory=list, description="Options of mpirun, each a word, such as `--tag-output`."
+    )
+    slurm: SlurmSettings = Field(default=SlurmSettings(), description="What is asked of SLURM.")
 
 
 class OutputSection(Settings):
-    """Where runs are written."""
+    """Where runs are written, and what they keep."""
 
     dir: str = Field(default="runs", min_length=1, description="The folder for run folders: `DIR/NAME/TIME`.")
+    checkpoint_every_steps: PositiveInt | None = Field(
+        default=None,
+        description="Optimizer steps between checkpoints; default: none but where the run is stopped.",
+    )
+    keep_checkpoints: PositiveInt = Field(default=2, description="Checkpoints that are kept, the newest.")
+
+
+def _without_default(schema: dict[str, Any]) -> None:
+    """A section that is missing where there is a `script` has no default that anyone could write."""
+    del schema["default"]
 
 
 class Job(Settings):
-    """A training job of memlaunch.
+    """A training job of memlaunch: `model` and `data`, or a `script`.
 
     Paths are relative to the job file. A section with one leading choice may be written as that choice:
     `"precision": "bf16"` is `"precision": {"dtype": "bf16"}`.
     """
+
+    model_config = ConfigDict(
+        json_schema_extra={"anyOf": [{"required": ["model", "data"]}, {"required": ["script"]}]}
+    )
 
     json_schema: str | None = Field(
         default=None, alias="$schema", exclude=True, description="Where an editor finds this schema."
@@ -263,10 +323,21 @@ class Job(Settings):
         default="", description="What runs are filed under; default: the name of the job file."
     )
     model: ModelSection = Field(
-        description="The model and what it is trained for.", examples=[{"path": "bert-base-uncased"}]
+        default=ModelSection(),
+        description="The model and what it is trained for.",
+        examples=[{"path": "bert-base-uncased"}],
+        json_schema_extra=_without_default,
     )
     data: DataSection = Field(
-        description="The samples and how they become batches.", examples=[{"train": "train.jsonl"}]
+        default=DataSection.model_construct(train=""),
+        description="The samples and how they become batches.",
+        examples=[{"train": "train.jsonl"}],
+        json_schema_extra=_without_default,
+    )
+    script: ScriptSection | None = Field(
+        default=None,
+        description="In the place of `model` and `data`: a training script of your own, which is started the "
+        "same way.",
     )
     training: TrainingSection = Field(
         default=TrainingSection(), description="Batch sizes, the optimizer's numbers, and when training ends."

@@ -2,44 +2,82 @@
 
 import contextlib
 import os
-import re
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from memlaunch.launcher import errors, rundir, translate
-from memlaunch.launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_LAUNCH, EXIT_STOPPED
+from memlaunch.launcher import outcome, rundir, slurm_job, translate
+from memlaunch.launcher.errors import EXIT_INTERRUPTED, EXIT_STOPPED
 from memlaunch.launcher.monitor import Monitor
+from memlaunch.launcher.outcome import Outcome
+from memlaunch.launcher.translate import mpirun
 
 if TYPE_CHECKING:
     from memlaunch.launcher.resolve import ResolvedJob
+    from memlaunch.launcher.rundir import RunDir
     from memlaunch.launcher.source import Document
 
-#: Lines of a log shown when a run fails.
-TAIL = 15
+#: Seconds between two looks at a run, and between two questions to SLURM.
+TURN = 0.2
+SLURM_TURN = 2.0
+
+#: Seconds that the ranks of a SLURM job have to stop in, before the job is cancelled.
+GRACE = 60.0
 
 
-def run(resolved: "ResolvedJob", document: "Document") -> int:
-    """Train the job in ``document`` in a new run folder, whose path is printed last; the exit code."""
-    folder = rundir.create(Path(resolved.job.output.dir), resolved.job.name)
-    folder.place({**translate.files(resolved), folder.job.name: document.text})
-    code = follow(["bash", str(folder.command)], folder, document)
+def run(resolved: "ResolvedJob", document: "Document", *, wait: bool = False) -> int:
+    """Train the job in ``document`` in a new run folder, whose path is printed last; the exit code.
+
+    Args:
+        wait: a job that goes to SLURM is followed to its end.
+    """
+    by_slurm = resolved.job.cluster.launcher == "slurm"
+    if by_slurm and slurm_job.inside() and not slurm_job.is_first_task():
+        print("the first task of the step starts the ranks", file=sys.stderr)
+        return 0
+    folder = create(resolved, document)
+    if by_slurm and not slurm_job.inside():
+        code = submit(folder, document, wait=wait)
+    else:
+        stop = mpirun.STOP if resolved.job.cluster.launcher == "mpirun" else signal.SIGTERM
+        code = follow(["bash", str(folder.command)], folder, document, stop)
     print(folder.path)
     return code
 
 
-def follow(argv: list[str], folder: rundir.RunDir, document: "Document") -> int:
+def create(resolved: "ResolvedJob", document: "Document") -> "RunDir":
+    """A new run folder for the job, with all that it is started with."""
+    folder = rundir.create(Path(resolved.job.output.dir), resolved.job.name)
+    folder.place({**translate.files(resolved), folder.job.name: document.text})
+    return folder
+
+
+def submit(folder: "RunDir", document: "Document | None" = None, *, wait: bool = False) -> int:
+    """Submit the run in ``folder`` to SLURM, and follow it where ``wait`` is true; the exit code.
+
+    Raises:
+        UserError: SLURM does not take the job.
+    """
+    job = slurm_job.submit(folder)
+    print(f"submitted as job {job}", file=sys.stderr)
+    return follow_job(job, folder, document) if wait else 0
+
+
+def follow(argv: list[str], folder: "RunDir", document: "Document | None", stop: signal.Signals) -> int:
     """Run ``argv``, which starts the ranks of the run in ``folder``, to its end; the exit code.
 
     A mistake in the job that only a rank can find is shown where it stands in ``document``.
 
-    The first SIGINT, SIGTERM or SIGHUP asks the ranks to end, the second ends them at once.
+    The first SIGINT, SIGTERM or SIGHUP asks the ranks to end, with ``stop``; the second ends them at once.
     """
     environment = {**os.environ, rundir.ENVIRONMENT_VARIABLE: str(folder.path)}
-    with folder.launcher_log.open("wb") as log:
+    since = folder.events.stat().st_size if folder.events.exists() else 0
+    with folder.launcher_log.open("ab") as log:
         process = subprocess.Popen(
             argv,
             env=environment,
@@ -48,30 +86,73 @@ def follow(argv: list[str], folder: rundir.RunDir, document: "Document") -> int:
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C comes to us alone
         )
-        with _Interrupts(process) as interrupts, Monitor(folder) as monitor:
+        folder.launched_by(process.pid)
+        with contextlib.ExitStack() as stack:
+            stack.callback(_end_all, process)
+            ask = _Interrupts(lambda: process.send_signal(stop), lambda: _end_all(process))
+            interrupts = stack.enter_context(ask)
+            monitor = stack.enter_context(Monitor(folder))
             while process.poll() is None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(timeout=0.2)
+                    process.wait(timeout=TURN)
                 monitor.update()
             monitor.update()
-    failure = monitor.failure
-    if interrupts.count and (process.returncode or failure):
-        folder.append_event("stopped", signals=interrupts.count)
-        return EXIT_STOPPED if interrupts.count == 1 else EXIT_INTERRUPTED
-    if process.returncode == 0 and failure is None:
-        return 0
-    print(_explanation(folder, document, failure), file=sys.stderr)
-    if failure is not None:
-        return int(failure["exit_code"])
-    return EXIT_FAILED if folder.rank_log(0).exists() else EXIT_LAUNCH
+    ended = outcome.of(folder, process.returncode, since)
+    return _conclude(ended, folder, document, interrupts.count)
+
+
+def follow_job(job: str, folder: "RunDir", document: "Document | None") -> int:
+    """Follow the SLURM job of a run to its end; the exit code.
+
+    The first SIGINT, SIGTERM or SIGHUP asks the ranks to stop, the second cancels the job.
+    """
+    state: str | None = None
+    asked = looked = float("-inf")
+    with (
+        _Interrupts(lambda: slurm_job.ask_to_stop(job), lambda: slurm_job.end(job)) as interrupts,
+        Monitor(folder) as monitor,
+    ):
+        while True:
+            monitor.update()
+            now = time.monotonic()
+            if interrupts.count and asked == float("-inf"):
+                asked = now
+            if asked > 0 and now - asked > GRACE:
+                asked = now
+                slurm_job.end(job)
+            if now - looked > SLURM_TURN:
+                looked = now
+                before, state = state, slurm_job.state(job)
+                if state != before:
+                    monitor.say(f"job {job}: {(state or 'forgotten by SLURM').lower()}")
+                if state is None or state in slurm_job.ENDED:
+                    break
+            time.sleep(TURN)
+        monitor.update()
+    if state in slurm_job.TAKEN_AWAY and not interrupts.count:
+        print(f"SLURM ended the job: {state.lower()}", file=sys.stderr)
+        return EXIT_STOPPED
+    ended = outcome.of(folder, 0 if state in (None, "COMPLETED") else 1)
+    return _conclude(ended, folder, document, interrupts.count)
+
+
+def _conclude(ended: Outcome, folder: "RunDir", document: "Document | None", interrupts: int) -> int:
+    """Say how the run ended; the exit code."""
+    if interrupts and ended.code:
+        folder.append_event("stopped", signals=interrupts)
+        return EXIT_STOPPED if interrupts == 1 else EXIT_INTERRUPTED
+    if ended.code not in (0, EXIT_STOPPED):
+        print(outcome.explain(ended, folder, document), file=sys.stderr)
+    return ended.code
 
 
 class _Interrupts:
-    """Counts SIGINT, SIGTERM and SIGHUP, and passes them on to ``process``."""
+    """Counts SIGINT, SIGTERM and SIGHUP: the first does ``ask``, those behind it do ``end``."""
 
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+    def __init__(self, ask: Callable[[], Any], end: Callable[[], Any]) -> None:
         self.count = 0
-        self._process = process
+        self._ask = ask
+        self._end = end
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "_Interrupts":
@@ -82,59 +163,25 @@ class _Interrupts:
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        if self._process.poll() is None:
-            self._end_all()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.count += 1
         if self.count == 1:
             print("stopping; once more to end at once", file=sys.stderr)
-            self._process.terminate()
+            self._ask()
         else:
-            self._end_all()
-
-    def _end_all(self) -> None:
-        """Kill the launcher and every rank; each rank is a session of its own, so by their parentage."""
-        import psutil
-
-        with contextlib.suppress(psutil.NoSuchProcess):
-            children = psutil.Process(self._process.pid).children(recursive=True)
-            self._process.kill()
-            for child in children:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    child.kill()
+            self._end()
 
 
-def _explanation(folder: rundir.RunDir, document: "Document", failure: dict[str, Any] | None) -> str:
-    """What ended the run: a rank that was killed, the words of the first that failed, or the last log lines.
+def _end_all(process: subprocess.Popen[bytes]) -> None:
+    """Kill a launcher that runs, and every rank; each is a session of its own, so by their parentage."""
+    import psutil
 
-    The others see a killed rank as a broken connection, and may say so before anyone else.
-    """
-    killed = _killed(folder.launcher_log) if failure is None or "key" not in failure else None
-    if killed is not None:
-        rank, number = killed
-        hint = "the kernel does that where the memory of the machine runs out; see `dmesg`"
-        lines = [f"rank {rank}: error: killed by signal {number}", f"hint: {hint}"]
-        return "\n".join([*lines, _tail(folder.rank_log(rank))])
-    if failure is None:
-        tails = [_tail(log) for log in (folder.rank_log(0), folder.launcher_log) if log.exists()]
-        return "\n".join(["error: the ranks ended without saying why", *tails])
-    log = f"log: {folder.rank_log(failure['rank'])}"
-    if "key" not in failure:
-        return f"rank {failure['rank']}: error: {failure['message']}\nhint: {failure['hint']}\n{log}"
-    problem = document.finding(failure["key"], failure["message"], failure["hint"])
-    return f"{errors.render(problem, errors.wants_colour())}\n{log}"
-
-
-def _killed(log: Path) -> tuple[int, int] | None:
-    """(rank, signal) of a rank that torchrun reports as killed; those that it ended itself are none."""
-    report = re.compile(r"rank +: (\d+) .*\n +exitcode +: -(\d+) ")
-    found = report.findall(log.read_text(encoding="utf-8", errors="replace"))
-    return next(((int(rank), int(number)) for rank, number in found if int(number) != signal.SIGTERM), None)
-
-
-def _tail(log: Path) -> str:
-    if not log.exists():
-        return f"it wrote no {log}"
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL:]
-    return "\n".join([f"the last lines of {log}:", *(f"  {line}" for line in lines)])
+    if process.poll() is not None:
+        return
+    with contextlib.suppress(psutil.NoSuchProcess):
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        for child in children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()

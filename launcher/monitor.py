@@ -14,13 +14,9 @@ PLAIN_INTERVAL = 10.0
 
 
 class Monitor:
-    """Follows ``events.jsonl`` and ``metrics.jsonl``: a bar on a terminal, now and then a line elsewhere.
-
-    ``failure`` is the event of the first rank that failed, or None.
-    """
+    """Follows ``events.jsonl`` and ``metrics.jsonl``: a bar on a terminal, now and then a line elsewhere."""
 
     def __init__(self, folder: RunDir) -> None:
-        self.failure: dict[str, Any] | None = None
         self._folder = folder
         self._events_read = 0
         self._metrics_read = 0
@@ -53,32 +49,33 @@ class Monitor:
             self._metrics_read = end
             self._show_metrics(line)
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
         self._console.print(text, markup=False, soft_wrap=True)
 
     def _show_event(self, event: dict[str, Any]) -> None:
         kind = event["event"]
-        if kind == "started":
+        if kind == "started" and "script" in event:
+            self.say(f"{event['script']} on {event['world_size']} rank(s)")
+        elif kind == "started":
             self._total = event["steps"]
             self._task = self._bar.add_task("", total=self._total, status="")
-            self._say(
+            self.say(
                 f"{event['model']}: {event['parameters']:,} parameters, {event['trainable']:,} trainable; "
                 f"{event['world_size']} rank(s) on {event['device']}; {event['steps']} steps"
             )
         elif kind == "data" and event["truncated"]:
-            self._say(
+            self.say(
                 f"warning: {event['source']}: {event['truncated']} of {event['samples']} samples were cut to "
                 f"max_length {event['max_length']}"
             )
         elif kind == "warning":
-            self._say(f"warning: {event['message']}")
-        elif kind == "failed" and self.failure is None:
-            self.failure = event
+            self.say(f"warning: {event['message']}")
 
     def _show_metrics(self, line: dict[str, Any]) -> None:
         if "eval_loss" in line:
             figures = ", ".join(f"{name} {_short(v)}" for name, v in line.items() if name.startswith("eval_"))
-            self._say(f"step {line['step']}: {figures}")
+            self.say(f"step {line['step']}: {figures}")
             return
         status = f"loss {_short(line['loss'])}  {_short(line['tokens_per_second'])} tokens/s"
         if line["peak_memory_bytes"] is not None:

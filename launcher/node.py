@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 
 import psutil
@@ -33,7 +34,7 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
 
-class _End(Exception):
+class Stopped(Exception):
     """Everything is to end at once."""
 
 
@@ -41,55 +42,97 @@ def main() -> int:
     """Guard the command of the command line; its exit status, or 128 plus the signal that ended it."""
     leashed = sys.argv[1:2] == ["--leash"]
     command = sys.argv[1 + leashed :]
-    _prctl(_PR_SET_CHILD_SUBREAPER, 1)  # what the command orphans comes to us, not to the first process
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGHUP)
-    asked: list[int] = []
-    ended: list[int] = []
+    with Guard() as guard:
+        try:
+            leash = _Leash() if leashed else None
+            status = guard.run(
+                command,
+                {**os.environ, **(leash.environment if leash else {})},
+                stop=lambda: leash is not None and leash.listen(),
+            )
+        except Stopped:
+            return 128 + signal.SIGHUP
+        except OSError as error:
+            print(f"{command[0]}: {error.strerror}", file=sys.stderr)
+            return 127
+    return status if status >= 0 else 128 - status
 
-    def ask(number: int, frame: FrameType | None) -> None:
-        asked.append(number)
 
-    def end(number: int, frame: FrameType | None) -> None:
-        ended.append(number)
+class Guard:
+    """This process as the guard of one command: asks it to stop when asked, and outlives its descendants.
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
-        signal.signal(number, ask)
-    signal.signal(signal.SIGHUP, end)
-    try:
-        leash = _Leash() if leashed else None
-        environment = {**os.environ, **(leash.environment if leash else {})}
+    Attributes:
+        asked: whether it has been asked to stop.
+    """
+
+    def __enter__(self) -> "Guard":
+        _prctl(_PR_SET_CHILD_SUBREAPER, 1)  # what the command orphans comes to us, not to the first process
+        _prctl(_PR_SET_PDEATHSIG, signal.SIGHUP)
+        self.asked = False
+        self._pass_on = False
+        self._end = False
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+            signal.signal(number, self._ask)
+        signal.signal(signal.SIGHUP, self._end_now)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        _end_children()
+
+    def run(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        *,
+        folder: str | None = None,
+        stop: Callable[[], bool] = lambda: False,
+        give_up: Callable[[], bool] = lambda: False,
+    ) -> int:
+        """Run ``command`` to its end; its exit status, or minus the signal that ended it.
+
+        Args:
+            folder: where it runs; default: here.
+            stop: looked at all the time; true once when the command is to be asked to stop.
+            give_up: looked at all the time; true when the command is to be killed.
+
+        Raises:
+            Stopped: everything is to end, the command too.
+            OSError: there is no such program.
+        """
         process = subprocess.Popen(
             command,
             env=environment,
+            cwd=folder,
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # what is sent to our group reaches the command once, through us
             preexec_fn=lambda: _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL),
         )
         while process.poll() is None:
-            if ended:
-                raise _End
-            if leash and leash.listen():
-                asked.append(signal.SIGTERM)
-            if asked:
-                asked.clear()
+            if self._end:
+                raise Stopped
+            if stop():
+                self._ask()
+            if self._pass_on:
+                self._pass_on = False
                 process.terminate()
+            if give_up():
+                process.kill()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(TURN)
-    except _End:
-        return 128 + signal.SIGHUP
-    except OSError as error:
-        print(f"{command[0]}: {error.strerror}", file=sys.stderr)
-        return 127
-    finally:
-        _end_children()
-    return process.returncode if process.returncode >= 0 else 128 - process.returncode
+        return process.returncode
+
+    def _ask(self, number: int = 0, frame: FrameType | None = None) -> None:
+        self.asked = self._pass_on = True
+
+    def _end_now(self, number: int, frame: FrameType | None) -> None:
+        self._end = True
 
 
 class _Leash:
     """The other end of standard input."""
 
     def __init__(self) -> None:
-        """Waits for the environment. Raises _End: it does not come."""
+        """Waits for the environment. Raises Stopped: it does not come."""
         self._selector = selectors.DefaultSelector()
         self._selector.register(0, selectors.EVENT_READ)
         self._rest = b""
@@ -100,7 +143,7 @@ class _Leash:
         self.environment: dict[str, str] = json.loads(self._lines.pop(0))
 
     def listen(self) -> bool:
-        """Whether a stop was asked for since the last call. Raises _End: there is nobody at the other end."""
+        """Whether a stop was asked for since the last call. Raises Stopped: nobody is at the other end."""
         self._read(0)
         words, self._lines = self._lines, []
         return b"stop" in words
@@ -109,12 +152,12 @@ class _Leash:
         if self._selector.select(timeout):
             data = os.read(0, 65536)
             if not data:
-                raise _End
+                raise Stopped
             self._heard = time.monotonic()
             *lines, self._rest = (self._rest + data).split(b"\n")
             self._lines += lines
         elif time.monotonic() - self._heard > SILENCE:
-            raise _End
+            raise Stopped
 
 
 def _end_children() -> None:

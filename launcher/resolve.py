@@ -5,14 +5,18 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
-from memlaunch.launcher import checks, data_files, model_files, schema, source
+from memlaunch.launcher import checks, data_files, layout, model_files, schema, source
 from memlaunch.launcher.errors import Problem, UserError, in_order
-from memlaunch.launcher.job import Job, batch_of, setup_of
+from memlaunch.launcher.hostfile import Host
+from memlaunch.launcher.job import ClusterSection, Job, ScriptSection, batch_of, setup_of
 from memlaunch.launcher.keys import KeyPath, is_in, parse
+from memlaunch.launcher.layout import Layout
 from memlaunch.launcher.paths import beside
+from memlaunch.launcher.rundir import RunDir
 from memlaunch.launcher.source import Document
+from memlaunch.launcher.translate import slurm
 from memlaunch.strategies.accumulation import Batch
 from memlaunch.strategies.settings import Settings
 from memlaunch.strategies.technique import Conflict, Device, Setup
@@ -28,14 +32,24 @@ class ResolvedJob:
     Attributes:
         job: the job: absolute paths, batch sizes, ranks and threads filled in.
         batch: its batch sizes; under a token budget only the global one counts.
-        world_size: ranks.
+        layout: the machines and their ranks.
         threads_per_rank: CPU threads of each.
     """
 
     job: Job
     batch: Batch
-    world_size: int
+    layout: Layout
     threads_per_rank: int
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the run."""
+        return self.layout.ranks
+
+    @property
+    def hosts(self) -> tuple[Host, ...]:
+        """The machines, where a hostfile names them."""
+        return self.layout.hosts
 
     def setup(self, device: Device) -> Setup:
         """What the techniques may know; ``device`` is the one the rank has, or the one the job asks for."""
@@ -44,9 +58,13 @@ class ResolvedJob:
     def summary(self) -> str:
         """The job in one line: model, ranks, batch sizes, strategy."""
         job, batch, ranks = self.job, self.batch, self.world_size
-        model = job.model.path or f"a new {job.model.architecture}"
         place = {"auto": "", "cpu": " on the CPU", "cuda": " on GPUs"}[job.cluster.device]
+        if self.layout.nodes > 1:
+            place += f" of {self.layout.nodes} machines"
         count = "1 rank" if ranks == 1 else f"{ranks} ranks"
+        if job.script is not None:
+            return f"{job.script.path}, {count}{place}"
+        model = job.model.path or f"a new {job.model.architecture}"
         if job.data.batching.max_tokens is not None:
             parts = f"in micro-batches of {job.data.batching.max_tokens} tokens"
         else:
@@ -62,7 +80,8 @@ class ResolvedJob:
 
     def to_json(self) -> str:
         """``resolved.json``: itself a job file, which resolves to this job."""
-        values = self.job.model_dump(mode="json", by_alias=True)
+        absent = {"model", "data"} if self.job.script is not None else {"script"}
+        values = self.job.model_dump(mode="json", by_alias=True, exclude=absent)
         return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
 
 
@@ -92,14 +111,32 @@ def from_document(document: Document, path: Path, then: Check | None = None) -> 
     checked = schema.check(document, Job)
     problems = [*document.problems, *checked.problems]
     base = path.absolute().parent
+    machines = Layout(1, 1)
     if checked.value is not None:
-        conflicts = checks.check(checked.value, base, _ranks(checked.value))
+        try:
+            machines = layout.of(checked.value.cluster, base)
+        except UserError as error:
+            at = parse("cluster.hostfile")
+            problems += error.problems or [document.problem(at, error.message, error.hint)]
+        except ValueError as error:
+            key = "include" if checked.value.cluster.include else "exclude"
+            hint = "write it such as `worker-1@worker-2:0,2`: hosts, and slots of a host"
+            problems.append(document.problem(("cluster", key), f"cluster.{key}: {error}", hint))
+        conflicts = checks.check(checked.value, base, machines)
         problems += _located(conflicts, document, checked.suspect)
         if then is not None and not problems:
             problems += _located(then(checked.value, base), document, checked.suspect)
     if problems or checked.value is None:
         raise UserError(problems=in_order(problems))
-    return resolve(checked.value, base=base, name=path.stem.strip(". ") or "job")
+    return resolve(checked.value, machines, base=base, name=path.stem.strip(". ") or "job")
+
+
+def load_run(folder: RunDir) -> ResolvedJob:
+    """The job of a run, as it was launched, whatever became of its hostfile and template meanwhile."""
+    fixed = ["cluster.slurm.template=null"]
+    if folder.hostfile.exists():
+        fixed += [f"cluster.hostfile={folder.hostfile}", "cluster.include=null", "cluster.exclude=null"]
+    return load(folder.resolved, fixed)
 
 
 def _strategy(job: Job) -> list[str]:
@@ -129,39 +166,27 @@ def _located(
         yield document.problem(at, f"{conflict.key}: {conflict.message}", conflict.hint)
 
 
-def resolve(job: Job, *, base: Path, name: str) -> ResolvedJob:
+def resolve(job: Job, machines: Layout, *, base: Path, name: str) -> ResolvedJob:
     """Write out every default of a job in which :func:`memlaunch.launcher.checks.check` finds nothing.
 
     Args:
+        machines: the layout of the job.
         base: the folder that paths are relative to.
         name: what to call a job without a name.
     """
-    ranks = _ranks(job)
+    ranks = machines.ranks
     batch = batch_of(job, ranks)
-    threads = job.cluster.threads_per_rank or max(1, _cores() // ranks)
-    training, data, model = job.training, job.data, job.model
-    classifies = model.task == "sequence-classification"
+    threads = job.cluster.threads_per_rank or _threads(job.cluster, machines)
+    training, cluster = job.training, job.cluster
+    asks_for_gpus = slurm.gpus_in(cluster.slurm.gres or "") is not None
     counts_epochs = training.max_steps is None
     by_ratio = training.warmup_ratio is not None
-    by_tokens = data.batching.max_tokens is not None
+    by_tokens = job.data.batching.max_tokens is not None
     return ResolvedJob(
         job=_with(
-            job,
+            job if job.script is not None else _sources(job, batch, ranks, base),
             json_schema=None,  # a path relative to the job file
             name=job.name or name,
-            model=_with(
-                model,
-                path=_model_path(model.path, base),
-                tokenizer=_model_path(model.tokenizer, base),
-            ),
-            data=_with(
-                data,
-                train=_data_path(data.train, base),
-                eval=data.eval and _data_path(data.eval, base),
-                label=(data.label or "label") if classifies else None,
-                max_length=data.max_length or checks.tokenizer_limit(job, base),
-                batching=_with(data.batching, bucket_size=_bucket_size(job, batch, ranks)),
-            ),
             training=_with(
                 training,
                 global_batch_size=batch.global_batch_size,
@@ -172,38 +197,62 @@ def resolve(job: Job, *, base: Path, name: str) -> ResolvedJob:
                 eval_micro_batch_size=training.eval_micro_batch_size
                 or (None if by_tokens else 2 * batch.micro_batch_size),
             ),
-            cluster=_with(job.cluster, gpus_per_node=ranks, threads_per_rank=threads),
+            script=job.script and _script(job.script, base),
+            cluster=_with(
+                cluster,
+                nodes=machines.nodes,
+                gpus_per_node=machines.per_node,
+                hostfile=cluster.hostfile and str(beside(cluster.hostfile, base)),
+                device="cuda" if asks_for_gpus else cluster.device,
+                threads_per_rank=threads,
+                slurm=_with(cluster.slurm, template=_template_path(cluster.slurm.template, base)),
+            ),
             output=_with(job.output, dir=str(beside(job.output.dir, base))),
         ),
         batch=batch,
-        world_size=ranks,
+        layout=machines,
         threads_per_rank=threads,
     )
 
 
-def _ranks(job: Job) -> int:
-    """Ranks of the run: as many as asked for, else one for each GPU of this machine, else 1."""
-    if job.cluster.gpus_per_node is not None:
-        return job.cluster.gpus_per_node
-    return 1 if job.cluster.device == "cpu" else max(1, gpus())
+def _sources(job: Job, batch: Batch, ranks: int, base: Path) -> Job:
+    """A job that is no script, with the defaults of its model and data."""
+    model, data = job.model, job.data
+    classifies = model.task == "sequence-classification"
+    return _with(
+        job,
+        model=_with(
+            model,
+            path=_model_path(model.path, base),
+            tokenizer=_model_path(model.tokenizer, base),
+        ),
+        data=_with(
+            data,
+            train=_data_path(data.train, base),
+            eval=data.eval and _data_path(data.eval, base),
+            label=(data.label or "label") if classifies else None,
+            max_length=data.max_length or checks.tokenizer_limit(job, base),
+            batching=_with(data.batching, bucket_size=_bucket_size(job, batch, ranks)),
+        ),
+    )
 
 
-def gpus() -> int:
-    """NVIDIA GPUs of this machine that CUDA_VISIBLE_DEVICES leaves."""
-    import pynvml
+def _script(script: ScriptSection, base: Path) -> ScriptSection:
+    folder = base if script.folder is None else beside(script.folder, base)
+    return _with(script, path=str(beside(script.path, base)), folder=str(folder))
 
-    try:
-        pynvml.nvmlInit()
-        count = int(pynvml.nvmlDeviceGetCount())
-        pynvml.nvmlShutdown()
-    except pynvml.NVMLError:
-        return 0
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return count
-    names = [name.strip() for name in visible.split(",")]
-    shown = next((i for i, name in enumerate(names) if name in ("", "-1")), len(names))
-    return min(count, shown)
+
+def _threads(cluster: ClusterSection, machines: Layout) -> int:
+    """CPU threads of a rank: the cores of a machine shared out; under SLURM, those that are asked for."""
+    cores = (cluster.slurm.cpus_per_task or 1) if cluster.launcher == "slurm" else _cores()
+    return max(1, cores // machines.largest)
+
+
+def _template_path(template: str | None, base: Path) -> str | None:
+    """A template of ours by its name, the user's by its absolute path."""
+    if template is None or template in get_args(slurm.Template):
+        return template
+    return str(beside(template, base))
 
 
 def _bucket_size(job: Job, batch: Batch, ranks: int) -> int | None:

@@ -6,10 +6,13 @@ there and has not run is printed as it is.
 """
 
 import contextlib
+import errno
+import fcntl
 import json
 import math
 import os
 import secrets
+import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -19,6 +22,11 @@ from typing import Any
 
 #: Names the run folder to the ranks of a run.
 ENVIRONMENT_VARIABLE = "MEMLAUNCH_RUN_DIR"
+
+#: Seconds that a line waits for room on a full disk; a checkpoint that does not fit gives its own back.
+PATIENCE = 20.0
+#: Seconds that a run waits for the last ranks of an earlier one in its folder to end.
+LOCK_PATIENCE = 60.0
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,14 @@ class RunDir:
         return self.launch / "command.sh"
 
     @property
+    def launcher(self) -> Path:
+        return self.launch / "launcher.json"
+
+    @property
+    def hostfile(self) -> Path:
+        return self.launch / "hostfile"
+
+    @property
     def logs(self) -> Path:
         return self.path / "logs"
 
@@ -67,6 +83,20 @@ class RunDir:
     def model(self) -> Path:
         return self.path / "model"
 
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def stop(self) -> Path:
+        """A file that asks the ranks to stop between two steps."""
+        return self.path / "stop"
+
+    @property
+    def writer(self) -> Path:
+        """Locked by the main rank while the run goes on; says who that is."""
+        return self.path / "writer"
+
     def rank_log(self, rank: int) -> Path:
         return self.logs / f"rank-{rank:04d}.log"
 
@@ -77,6 +107,60 @@ class RunDir:
     def append_event(self, event: str, **details: Any) -> None:
         """Add a line to ``events.jsonl``: the event, the time (seconds since 1970), and its details."""
         _append(self.events, {"event": event, "time": round(time.time(), 3), **details})
+
+    def ended(self) -> bool:
+        """Whether the run came to its end: its last attempt finished."""
+        last = None
+        for line, _ in read_lines(self.events):
+            if line["event"] in ("resumed", "started", "finished"):
+                last = line["event"]
+        return last == "finished"
+
+    def cut_metrics(self, step: int) -> None:
+        """Take back what ``metrics.jsonl`` tells of steps behind ``step``, and of the evaluation of ``step``.
+
+        A checkpoint comes before the evaluation of its step, which a resumed run repeats.
+        """
+        if not self.metrics.exists():
+            return
+        lines = [line for line, _ in read_lines(self.metrics)]
+        kept = [line for line in lines if line["step"] < step or (line["step"] == step and "loss" in line)]
+        partial = self.metrics.with_name(f"{self.metrics.name}.partial")
+        with partial.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in kept)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(self.metrics)
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Keep everyone else from running in this folder; the lock falls with the process that holds it.
+
+        Raises:
+            TimeoutError: another process runs in it.
+        """
+        descriptor = os.open(self.writer, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            _lock(descriptor, self.path)
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def launched_by(self, pid: int) -> None:
+        """Keep which process of which machine starts the ranks, for those who want to stop the run."""
+        values = {"host": socket.gethostname(), "pid": pid, "started": _start_of(pid)}
+        self.place({self.launcher.name: json.dumps(values) + "\n"})
+
+    def launcher_process(self) -> int | None:
+        """The process of this machine that starts the ranks, if it runs."""
+        if not self.launcher.exists():
+            return None
+        values = json.loads(self.launcher.read_text(encoding="utf-8"))
+        pid = int(values["pid"])
+        runs = values["host"] == socket.gethostname() and values["started"] == _start_of(pid) is not None
+        return pid if runs else None
 
     def place(self, files: Mapping[str, str]) -> None:
         """Write what :func:`memlaunch.launcher.translate.files` made to where a run has it.
@@ -147,14 +231,49 @@ def read_lines(path: Path, start: int = 0) -> Iterator[tuple[dict[str, Any], int
                 yield json.loads(line), start
 
 
+def _start_of(pid: int) -> int | None:
+    """When a process started, in ticks since the machine did; no two of one number have the same."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    return int(text.rpartition(")")[2].split()[19])
+
+
 def _append(path: Path, values: Mapping[str, Any]) -> None:
     line = json.dumps({key: _finite(value) for key, value in values.items()}) + "\n"
     # One write of one line, so that lines of several processes do not mix.
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        os.write(descriptor, line.encode())
+        _write(descriptor, line.encode())
     finally:
         os.close(descriptor)
+
+
+def _write(descriptor: int, data: bytes) -> None:
+    """Write all of ``data``; on a full disk, wait for room."""
+    patience = time.monotonic() + PATIENCE
+    while data:
+        try:
+            data = data[os.write(descriptor, data) :]
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or time.monotonic() > patience:
+                raise
+            time.sleep(0.1)
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    patience = time.monotonic() + LOCK_PATIENCE
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > patience:
+                holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+                raise TimeoutError(f"{holder} runs in {folder}") from None
+            time.sleep(0.1)
+        else:
+            return
 
 
 def _finite(value: Any) -> Any:

@@ -57,4 +57,8 @@ class Settings(BaseModel):
 def changed(settings: Settings, *names: str) -> list[str]:
     """Those of the fields ``names`` whose value is not their default, in the order given."""
     fields = type(settings).model_fields
-    return [name for name in names if getattr(settings, name) != fields[name].get_default()]
+    return [
+        name
+        for name in names
+        if getattr(settings, name) != fields[name].get_default(call_default_factory=True)
+    ]

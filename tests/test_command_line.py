@@ -154,7 +154,7 @@ def test_translate_writes_what_a_dry_run_prints(memlaunch: Run, tmp_path: Path) 
     code, listed, err = memlaunch("translate", JOB, "--out", out)
     assert (code, err) == (0, "")
     written = {path.name: path.read_text() for path in out.iterdir()}
-    assert sorted(written) == ["command.sh", "ds_config.json", "resolved.json"]
+    assert sorted(written) == ["command.sh", "ds_config.json", "node.sh", "resolved.json"]
     assert sorted(listed.splitlines()) == sorted(str(out / name) for name in written)
     code, printed, err = memlaunch("run", JOB, "--dry-run")
     assert (code, err) == (0, "")
@@ -190,13 +190,13 @@ def test_the_exit_code_of_a_run_is_the_launcher_s(memlaunch: Run, monkeypatch: p
 
     started: list[Any] = []
 
-    def run(resolved: resolve.ResolvedJob, document: Document) -> int:
-        started.append((resolved.job.training.max_steps, document.name))
+    def run(resolved: resolve.ResolvedJob, document: Document, *, wait: bool) -> int:
+        started.append((resolved.job.training.max_steps, document.name, wait))
         return 5
 
     monkeypatch.setattr(launch, "run", run)
-    assert memlaunch("run", JOB, "--set", "training.max_steps=3")[0] == 5
-    assert started == [(3, str(JOB))]
+    assert memlaunch("run", JOB, "--set", "training.max_steps=3", "--wait")[0] == 5
+    assert started == [(3, str(JOB), True)]
 
 
 def test_ctrl_c_is_exit_code_130(memlaunch: Run, monkeypatch: pytest.MonkeyPatch) -> None:

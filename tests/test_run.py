@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -107,7 +108,7 @@ def test_the_translated_command_runs_by_hand_and_gives_the_same_metrics(
     by_run = the_run(tmp_path)
     assert run("translate", path, "--out", tmp_path / "translated").returncode == 0
     assert {file.name for file in (tmp_path / "translated").iterdir()} == {
-        "command.sh", "ds_config.json", "resolved.json",
+        "command.sh", "ds_config.json", "node.sh", "resolved.json",
     }  # fmt: skip
     for file in ("command.sh", "ds_config.json"):
         assert (tmp_path / "translated" / file).read_text() == (by_run.launch / file).read_text()
@@ -193,7 +194,7 @@ def test_a_rank_that_is_killed_ends_the_run_and_leaves_no_process(
         next(w for w in workers if w.environ()["RANK"] == "1").kill()
         _, stderr = process.communicate(timeout=120)
     assert process.returncode == 5
-    assert "rank 1: error: killed by signal 9" in stderr
+    assert f"rank 1 on {socket.gethostname()}: error: killed by signal 9 (Killed)\n" in stderr
     assert not [worker for worker in workers if worker.is_running() and worker.status() != "zombie"]
 
 

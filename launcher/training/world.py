@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from memlaunch.launcher import resolve
+from memlaunch.launcher import layout
 from memlaunch.launcher.training.errors import JobMismatch, LaunchFailed
 from memlaunch.strategies.technique import Device
 
@@ -62,7 +62,7 @@ def join(asked: Device) -> World:
             f"rank {rank} needs GPU {local_rank} of its machine, which has {gpus}",
             "lower `cluster.gpus_per_node`, or look at CUDA_VISIBLE_DEVICES and the driver",
         )
-    if asked == "auto" and not gpus and resolve.gpus():
+    if asked == "auto" and not gpus and layout.gpus():
         raise JobMismatch(
             "cluster.device",
             f"this machine has GPUs, and torch {torch.__version__} can use none of them",

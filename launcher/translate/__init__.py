@@ -4,15 +4,21 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-from memlaunch.launcher.translate import deepspeed, torchrun
-
 if TYPE_CHECKING:
     from memlaunch.launcher.resolve import ResolvedJob
 
 
 def files(resolved: "ResolvedJob", python: str = sys.executable) -> dict[str, str]:
-    """File name -> text of everything that a run of the job is started with."""
-    texts = {"resolved.json": resolved.to_json(), "command.sh": torchrun.command(resolved, python)}
+    """File name -> text of everything that a run of the job is started with.
+
+    Raises:
+        ValueError, OSError: the user's template of an sbatch script has a mistake, or cannot be read.
+    """
+    from memlaunch.launcher.translate import deepspeed, mpirun, slurm, torchrun
+
+    launchers = {"torchrun": torchrun, "deepspeed": deepspeed, "mpirun": mpirun, "slurm": slurm}
+    launcher = launchers[resolved.job.cluster.launcher]
+    texts = {"resolved.json": resolved.to_json(), **launcher.files(resolved, python)}
     if resolved.job.strategy.engine == "deepspeed":
         texts["ds_config.json"] = json.dumps(deepspeed.config(resolved), indent=2) + "\n"
     return texts

@@ -1,19 +1,85 @@
-"""Ranks under MPI: the command line of Open MPI's mpirun, and of MPICH's and its relatives'."""
+"""A resolved job under MPI: the command line of Open MPI's mpirun, and of MPICH's and its relatives'."""
 
-import re
-import subprocess
+import signal
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from memlaunch.launcher.errors import UserError
-from memlaunch.launcher.hostfile import Host, is_host_name
+from memlaunch.launcher.hostfile import Host, is_host_name, render
+from memlaunch.launcher.translate import hosts as scripts
+from memlaunch.launcher.translate import shell
+from memlaunch.launcher.translate.shell import Raw
+from memlaunch.launcher.translate.torchrun import RANK
+
+if TYPE_CHECKING:
+    from memlaunch.launcher.resolve import ResolvedJob
 
 Kind = Literal["openmpi", "mpich"]
 
-#: What says whose mpirun it is.
-VERSION = ("mpirun", "--version")
+#: What asks the ranks to stop: mpirun hands it on, where it takes SIGTERM as the end.
+STOP = signal.SIGUSR2
 
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
+#: How each tells ``--version``, as patterns of bash.
+VERSIONS: dict[Kind, str] = {
+    "openmpi": '*"Open MPI"*|*OpenRTE*',
+    "mpich": '*HYDRA*|*MPICH*|*"Intel(R) MPI"*',
+}
+
+#: Words of a command line that an array of bash holds: the variables that are set, as each wants them.
+_PASSED = Raw('"${pass[@]}"')
+
+
+def files(resolved: "ResolvedJob", python: str) -> dict[str, str]:
+    """``command.sh``, ``node.sh`` and, where the job names hosts, ``hostfile``."""
+    cluster = resolved.job.cluster
+    command = ["bash", Raw('"$MEMLAUNCH_RUN_DIR/launch/node.sh"')]
+    starts = {
+        kind: argv(
+            kind,
+            command,
+            ranks=resolved.world_size,
+            per_node=resolved.layout.per_node,
+            hosts=resolved.hosts,
+            options=[_PASSED, *cluster.mpi_options],
+        )
+        for kind in VERSIONS
+    }
+    body = [
+        *cluster.setup,
+        'case "$(mpirun --version 2>&1)" in',
+        *(
+            line
+            for kind, pattern in VERSIONS.items()
+            for line in (
+                f"    {pattern})",
+                *(f"        {line}" for line in _passed(kind, cluster.pass_env)),
+                f"        exec {shell.join(starts[kind])} ;;",
+            )
+        ),
+        "esac",
+        'echo "error: mpirun is neither Open MPI nor MPICH, or is not installed here" >&2',
+        'echo "hint: install one of them, or load its module in cluster.setup" >&2',
+        "exit 4",
+    ]
+    listed = {"hostfile": render(resolved.hosts)} if resolved.hosts else {}
+    return {
+        "command.sh": shell.start_script(about=scripts.about(resolved), python=python, body=body),
+        "node.sh": scripts.node(resolved, [python, "-m", RANK]),
+        **listed,
+    }
+
+
+def _passed(kind: Kind, names: Sequence[str]) -> list[str]:
+    """Lines of bash that put the variables ``names`` that are set into ``pass``."""
+    if kind == "openmpi":
+        add = 'pass+=(-x "$name")'
+    else:
+        add = 'if ((${#pass[@]})); then pass[1]+=",$name"; else pass=(-genvlist "$name"); fi'
+    lines = ["pass=()"]
+    if names:
+        lines += [f"for name in {shell.join(names)}; do", f'    if [[ -v "$name" ]]; then {add}; fi', "done"]
+    elif kind == "mpich":
+        lines = ["pass=(-genvnone)"]
+    return lines
 
 
 def argv(
@@ -21,8 +87,8 @@ def argv(
     command: Sequence[str],
     *,
     ranks: int,
+    per_node: int | None = None,
     hosts: Sequence[Host] = (),
-    pass_env: Sequence[str] = (),
     options: Sequence[str] = (),
 ) -> list[str]:
     """Starts ``ranks`` processes of ``command``, those of a host side by side.
@@ -31,32 +97,31 @@ def argv(
     are those that mpirun itself is started with. SIGUSR2 goes on to the ranks; SIGTERM ends them in seconds.
 
     Args:
+        per_node: ranks of each machine, where they are the same on all.
         hosts: where, with as many ranks as slots; without, MPI decides (this machine, or an allocation).
-        pass_env: names of environment variables; all of them must be set.
         options: the user's own options of mpirun.
 
     Raises:
-        ValueError: a host or a variable has no name that can be one, or the slots are not ``ranks``.
+        ValueError: a host has no name that can be one, or the slots are not ``ranks``.
     """
     for host in hosts:
         if not is_host_name(host.name):
             raise ValueError(f"`{host.name}` is not a host name")
-    for name in pass_env:
-        if not _NAME.fullmatch(name):
-            raise ValueError(f"`{name}` is not a name for an environment variable")
     if hosts and ranks != (slots := sum(len(host.slots) for host in hosts)):
         raise ValueError(f"there are {slots} slots for {ranks} ranks")
     where = ",".join(f"{host.name}:{len(host.slots)}" for host in hosts)
+    spread = per_node is not None and not hosts
     if kind == "openmpi":
         return [
             "mpirun",
             *(["--host", where] if where else []),
             *("-np", str(ranks)),
+            # Its slots are cores, which on a CPU may be fewer than the ranks.
+            *(["--map-by", f"ppr:{per_node}:node:OVERSUBSCRIBE"] if spread else []),
             # Left alone, it ties each rank to one core, and all threads of the rank with it.
             *("--bind-to", "none"),
             # Seconds between asking the ranks to end and killing them, which it waits in full, and twice.
             *("--mca", "odls_base_sigkill_timeout", "3"),
-            *(word for name in pass_env for word in ("-x", name)),
             *options,
             *command,
         ]
@@ -64,39 +129,8 @@ def argv(
         "mpiexec",
         *(["-hosts", where] if where else []),
         *("-n", str(ranks)),
+        *(["-ppn", str(per_node)] if spread else []),
         *("-bind-to", "none"),
-        *("-genvlist", ",".join(pass_env)),
         *options,
         *command,
     ]
-
-
-def kind_of(version: str) -> Kind:
-    """Whose mpirun it is that says ``version`` when it is asked for it.
-
-    Raises:
-        ValueError: nobody's that we know.
-    """
-    if "Open MPI" in version or "OpenRTE" in version:
-        return "openmpi"
-    if "HYDRA" in version or "Intel(R) MPI" in version or "MPICH" in version:
-        return "mpich"
-    raise ValueError(f"`{version.strip().partition(chr(10))[0]}` is neither Open MPI nor MPICH")
-
-
-def installed() -> Kind:
-    """Whose mpirun this machine has.
-
-    Raises:
-        UserError: it has none, or one that we do not know.
-    """
-    try:
-        done = subprocess.run(VERSION, capture_output=True, text=True, check=False, timeout=30)
-        return kind_of(done.stdout + done.stderr)
-    except FileNotFoundError:
-        raise UserError(
-            "`mpirun` is not installed on this machine",
-            hint="install Open MPI, or load its module in `cluster.setup`",
-        ) from None
-    except (ValueError, subprocess.TimeoutExpired) as error:
-        raise UserError(f"`mpirun --version`: {error}", hint="Open MPI and MPICH are supported") from None

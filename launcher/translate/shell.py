@@ -25,10 +25,35 @@ def comment(text: str) -> str:
     return " ".join(text.split())
 
 
+def start_script(*, about: str, python: str, body: Sequence[str]) -> str:
+    """``command.sh``: makes or takes the run folder, then does ``body``, lines of ours.
+
+    Its last line is to ``exec``, so that signals reach what it starts.
+    """
+    new = f'{shlex.quote(python)} -m memlaunch.launcher.rundir "$here" "${{MEMLAUNCH_RUN_DIR:-}}"'
+    lines = [
+        "#!/usr/bin/env bash",
+        f"# {comment(about)}",
+        "# MEMLAUNCH_RUN_DIR names the run folder; without it a new one is made.",
+        "set -euo pipefail",
+        'here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"',
+        f'MEMLAUNCH_RUN_DIR="$({new})"',
+        "export MEMLAUNCH_RUN_DIR",
+        'echo "run folder: $MEMLAUNCH_RUN_DIR" >&2',
+        *body,
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def node_script(
-    *, about: str, command: Sequence[str], env: Mapping[str, str], setup: Sequence[str] = ()
+    *,
+    about: str,
+    command: Sequence[str],
+    env: Mapping[str, str],
+    setup: Sequence[str] = (),
+    before: Sequence[str] = (),
 ) -> str:
-    """The script that every node runs, from the run folder that it shares with the others.
+    """``node.sh``: what every machine runs, from the run folder that it shares with the others.
 
     It is started as ``bash RUN/launch/node.sh [ARGUMENT...]``, so that no value of the job passes through the
     shell of ssh; ``command`` finds the arguments in ``Raw('"$1"')`` and so on, and the run folder in
@@ -38,6 +63,7 @@ def node_script(
         about: a line that says what it does.
         env: environment variables of the job.
         setup: the user's own lines of shell. They find no standard input: it may be the leash of a node.
+        before: lines of ours that stand before the command.
     """
     lines = [
         "#!/usr/bin/env bash",
@@ -46,6 +72,7 @@ def node_script(
         "set -e",
         *(["{", *setup, "} </dev/null"] if setup else []),
         *exports(env),
+        *before,
         f"exec {join(command)}",
     ]
     return "\n".join(lines) + "\n"

@@ -5,15 +5,20 @@ The script is a bash script that also runs inside an allocation, where its ``#SB
 
 import re
 import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
-import jinja2
+from pydantic import AfterValidator, Field
 
-from memlaunch.launcher.translate import shell
+from memlaunch.launcher.errors import EXIT_STOPPED
+from memlaunch.launcher.translate import hosts, shell, torchrun
+from memlaunch.launcher.translate.shell import Raw
+from memlaunch.strategies.settings import Settings
+
+if TYPE_CHECKING:
+    from memlaunch.launcher.resolve import ResolvedJob
 
 Template = Literal["single", "multinode", "array", "preemptible"]
 
@@ -21,10 +26,9 @@ Template = Literal["single", "multinode", "array", "preemptible"]
 INHERITED = ("SLURM_", "SLURMD_", "SBATCH_", "SALLOC_", "SRUN_", "PMI_", "PMIX_", "OMPI_COMM_WORLD_")
 KEPT = "SLURM_CONF"
 
-#: Status of ranks that stopped because they were asked to.
-STOPPED = 75
+#: What tells a step which allocation it is to run in, as patterns of bash.
+ALLOCATION = "SLURM_JOB_*|SLURM_JOBID|SLURM_NODELIST|SLURM_TASKS_PER_NODE|SLURM_CLUSTER_NAME"
 
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 _TIME = re.compile(r"\d+|\d+:\d+|\d+:\d+:\d+|\d+-\d+(:\d+){0,2}", re.ASCII)
 _SIGNAL = re.compile(r"([RB]{1,2}:)?(SIG)?[A-Z0-9]+(@\d+)?", re.ASCII)
 _MEMORY = re.compile(r"\d+[KMGT]?", re.ASCII)
@@ -35,78 +39,91 @@ _EXTRA = re.compile(r"--[a-z][a-z-]*(=.*)?", re.ASCII)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Allocation:
-    """What is asked of SLURM; each field is the option of sbatch of its name, and None leaves it out.
+def _takes(pattern: re.Pattern[str], example: str) -> AfterValidator:
+    """A value as SLURM writes it."""
 
-    Attributes:
-        time: a limit as SLURM writes it: ``minutes``, ``hours:minutes:seconds``, ``days-hours:minutes``, ...
-        mem: memory of a node, in megabytes or with a unit: ``64G``.
-        gpus_per_node: GPUs of a node; not together with ``gres``, which names them as older SLURM does.
-        signal: a signal before the time is up: ``TERM@120`` comes to the ranks, 120 seconds before.
-        output: where the script's own output goes; SLURM's patterns, such as ``%j``, have their meaning.
-        extra: whole options for everything else: ``--licenses=matlab``.
+    def check(value: str) -> str:
+        if not pattern.fullmatch(value):
+            raise ValueError(f"`{value}` is not what SLURM takes; write it such as `{example}`")
+        return value
 
-    Raises:
-        ValueError: a value that no SLURM takes.
+    return AfterValidator(check)
+
+
+def _on_one_line(value: str) -> str:
+    directive(value)
+    return value
+
+
+Word = Annotated[str, Field(min_length=1), AfterValidator(_on_one_line)]
+
+
+class SlurmSettings(Settings):
+    """What is asked of SLURM; each key is the option of sbatch of its name, and is left out where it is null.
+
+    Nodes, tasks and GPUs follow from the other keys of `cluster`.
     """
 
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    time: str | None = None
-    mem: str | None = None
-    cpus_per_task: int | None = None
-    gpus_per_node: int | None = None
-    gres: str | None = None
-    constraint: str | None = None
-    reservation: str | None = None
-    nodelist: str | None = None
-    exclude: str | None = None
-    exclusive: bool = False
-    requeue: bool | None = None
-    signal: str | None = None
-    output: str | None = None
-    dependency: str | None = None
-    comment: str | None = None
-    extra: tuple[str, ...] = ()
-
-    @classmethod
-    def of(cls, parameters: Mapping[str, Any]) -> "Allocation":
-        """The allocation with ``parameters``. Raises ValueError: one of them is not known."""
-        known = [field.name for field in fields(cls)]
-        if unknown := [name for name in parameters if name not in known]:
-            raise ValueError(f"unknown: {', '.join(unknown)}; SLURM parameters are {', '.join(known)}")
-        values = dict(parameters)
-        if "extra" in values:
-            values["extra"] = tuple(values["extra"])
-        return cls(**values)
-
-    def __post_init__(self) -> None:
-        formats = {"time": _TIME, "signal": _SIGNAL, "mem": _MEMORY, "dependency": _DEPENDENCY}
-        for name, pattern in formats.items():
-            value = getattr(self, name)
-            if value is not None and not pattern.fullmatch(value):
-                raise ValueError(f"{name}: `{value}` is not what SLURM takes")
-        for name in ("cpus_per_task", "gpus_per_node"):
-            if (number := getattr(self, name)) is not None and number < 1:
-                raise ValueError(f"{name}: {number} is less than 1")
-        if self.gpus_per_node is not None and self.gres is not None and "gpu" in self.gres:
-            raise ValueError("gpus_per_node and gres both ask for GPUs, and only one of them can")
-        for option in self.extra:
-            if not _EXTRA.fullmatch(option):
-                raise ValueError(f"extra: `{option}` is not an option such as `--licenses=matlab`")
+    template: str | None = Field(
+        default=None,
+        min_length=1,
+        description="The sbatch script: `single`, `multinode`, `preemptible`, or a file of your own, which "
+        "may extend one of them. Default: by `nodes` and `requeue`.",
+    )
+    partition: Word | None = Field(default=None, description="Where the job queues.")
+    account: Word | None = Field(default=None, description="Who is charged.")
+    qos: Word | None = Field(default=None, description="The quality of service.")
+    time: Annotated[str, _takes(_TIME, "1-12:00:00")] | None = Field(
+        default=None, description="The time limit: minutes, `hours:minutes:seconds` or `days-hours:minutes`."
+    )
+    mem: Annotated[str, _takes(_MEMORY, "64G")] | None = Field(
+        default=None, description="Memory of a node, in megabytes or with a unit."
+    )
+    cpus_per_task: Annotated[int, Field(ge=1)] | None = Field(
+        default=None,
+        description="CPUs of a node, for all of its ranks; default: as many as they have threads.",
+    )
+    gres: Word | None = Field(
+        default=None,
+        description="GPUs of a node as older clusters name them, such as `gpu:a100:4`; default: as many as "
+        "`gpus_per_node`, where `device` is `cuda`.",
+    )
+    constraint: Word | None = Field(default=None, description="Features that the nodes must have.")
+    reservation: Word | None = Field(default=None, description="The reservation to run in.")
+    nodelist: Word | None = Field(default=None, description="Nodes that must be among those of the job.")
+    exclude: Word | None = Field(default=None, description="Nodes that must not.")
+    exclusive: bool = Field(default=False, description="Share no node with another job.")
+    requeue: bool | None = Field(
+        default=None,
+        description="Queue again after a preemption, a lost node or the time limit, and go on from the last "
+        "checkpoint.",
+    )
+    signal: Annotated[str, _takes(_SIGNAL, "TERM@120")] | None = Field(
+        default=None, description="A signal before the time is up, with the seconds that it comes before."
+    )
+    output: Word | None = Field(
+        default=None, description="Where what the script prints goes; default: `logs/` of the run folder."
+    )
+    dependency: Annotated[str, _takes(_DEPENDENCY, "afterok:1234")] | None = Field(
+        default=None, description="Jobs to wait for."
+    )
+    comment: Word | None = Field(default=None, description="A comment for the accounting.")
+    extra: list[Annotated[str, _takes(_EXTRA, "--licenses=matlab"), AfterValidator(_on_one_line)]] = Field(
+        default_factory=list, description="Whole options of sbatch for everything else."
+    )
 
     def options(self) -> list[str]:
         """The options, quoted as they stand behind ``#SBATCH``."""
         lines = []
-        for field in fields(self):
-            value = getattr(self, field.name)
-            option = f"--{field.name.replace('_', '-')}"
-            if field.name == "extra":
+        for field in type(self).model_fields:
+            value = getattr(self, field)
+            option = f"--{field.replace('_', '-')}"
+            if field == "template":
+                continue
+            if field == "extra":
                 for name, equals, text in (option.partition("=") for option in value):
                     lines.append(name + equals + (directive(text) if equals else ""))
-            elif field.name == "requeue" and value is not None:
+            elif field == "requeue" and value is not None:
                 lines.append("--requeue" if value else "--no-requeue")
             elif value is True:
                 lines.append(option)
@@ -115,13 +132,72 @@ class Allocation:
         return lines
 
 
+def files(resolved: "ResolvedJob", python: str) -> dict[str, str]:
+    """``command.sh``, ``job.sbatch`` and ``node.sh``.
+
+    Raises:
+        ValueError: as :func:`script`.
+        OSError: the user's template cannot be read.
+    """
+    cluster, layout = resolved.job.cluster, resolved.layout
+    asked = cluster.slurm
+    wants_gpus = cluster.device == "cuda" and asked.gres is None
+    cpus = asked.cpus_per_task or layout.largest * resolved.threads_per_rank
+    return {
+        "command.sh": shell.start_script(
+            about=hosts.about(resolved), python=python, body=_submit(layout.nodes)
+        ),
+        "job.sbatch": script(
+            template(asked, layout.nodes),
+            asked.model_copy(update={"cpus_per_task": cpus}),
+            name=resolved.job.name,
+            nodes=layout.nodes,
+            gpus=layout.largest if wants_gpus else None,
+            python=python,
+            about=hosts.about(resolved),
+            pass_env=cluster.pass_env,
+        ),
+        "node.sh": hosts.node(resolved, [*hosts.guard(python), *_ranks(resolved, python)]),
+    }
+
+
+def template(settings: SlurmSettings, nodes: int) -> Template | Path:
+    """The template of a job: the one it names, or the one that its nodes and ``requeue`` call for."""
+    if settings.template is None:
+        return "preemptible" if settings.requeue else "single" if nodes == 1 else "multinode"
+    ours: tuple[Template, ...] = get_args(Template)
+    return next((name for name in ours if name == settings.template), Path(settings.template))
+
+
+def _ranks(resolved: "ResolvedJob", python: str) -> Sequence[str]:
+    """The ranks of one node."""
+    layout = resolved.layout
+    if layout.nodes == 1:
+        return torchrun.standalone(python, layout.ranks)
+    return torchrun.meeting(
+        python,
+        nodes=layout.nodes,
+        node=Raw('"$SLURM_PROCID"'),
+        address=Raw('"$MASTER_ADDR"'),
+        port=Raw('"$MASTER_PORT"'),
+        ranks=str(layout.largest),
+    )
+
+
+def gpus_in(gres: str) -> int | None:
+    """GPUs that ``gres`` asks for: 4 of ``gpu:a100:4``; None where it asks for none."""
+    found = re.search(r"(?:^|,)(?:gres[:/])?gpu(?::[^:,=()]+)??(?:[:=](\d+))?(?:\([^)]*\))?(?=,|$)", gres)
+    return int(found[1] or 1) if found else None
+
+
 def script(
-    template: Template | Path,
-    allocation: Allocation,
+    chosen: Template | Path,
+    settings: SlurmSettings,
     *,
     name: str,
     nodes: int,
     python: str,
+    gpus: int | None = None,
     about: str = "",
     pass_env: Sequence[str] = (),
     runs: Sequence[str] = (),
@@ -130,9 +206,10 @@ def script(
     """The sbatch script of a run.
 
     Args:
-        template: one of ours, or a file of the user's, which may extend ours.
+        chosen: the template, one of ours, or a file of the user's, which may extend ours.
         name: of the job.
         nodes: how many; one task runs on each.
+        gpus: of a node; None asks for none.
         python: the interpreter on the nodes.
         about: a line that says what it does.
         pass_env: names of environment variables that the job takes along from where it is submitted; it takes
@@ -143,15 +220,12 @@ def script(
         ValueError: a value cannot stand in a script; the template has a mistake, or uses what is not there.
         OSError: the user's template cannot be read.
     """
-    if isinstance(template, str) and template not in get_args(Template):
-        raise ValueError(f"`{template}` is not a template; they are {', '.join(get_args(Template))}")
-    for variable in pass_env:
-        if not _NAME.fullmatch(variable):
-            raise ValueError(f"`{variable}` is not a name for an environment variable")
-    if (template == "array") != bool(runs):
+    import jinja2
+
+    if (chosen == "array") != bool(runs):
         raise ValueError("`runs` belongs to the template `array`, and the template to it")
-    if nodes < 1 or (template == "single" and nodes != 1):
-        raise ValueError(f"the template `{template}` is not for {nodes} nodes")
+    if nodes < 1 or (chosen == "single" and nodes != 1):
+        raise ValueError(f"the template `{chosen}` is not for {nodes} nodes")
     environment = jinja2.Environment(  # noqa: S701
         loader=jinja2.FileSystemLoader(str(resources.files("memlaunch.deploy") / "slurm")),
         undefined=jinja2.StrictUndefined,
@@ -160,66 +234,60 @@ def script(
         keep_trailing_newline=True,
     )
     environment.filters |= {"quote": shlex.quote, "directive": directive, "comment": shell.comment}
-    cpus = allocation.cpus_per_task
+    options = [f"--export={','.join(('MEMLAUNCH_RUN_DIR', *pass_env))}"]
+    if gpus is not None:
+        options.append(f"--gpus-per-node={gpus}")
+    cpus = settings.cpus_per_task
     try:
-        if isinstance(template, Path):
-            text = environment.from_string(template.read_text(encoding="utf-8"))
+        if isinstance(chosen, Path):
+            text = environment.from_string(chosen.read_text(encoding="utf-8"))
         else:
-            text = environment.get_template(f"{template}.sbatch.j2")
+            text = environment.get_template(f"{chosen}.sbatch.j2")
         return text.render(
             name=name,
             nodes=nodes,
             python=python,
             about=about,
             cpus=f" --cpus-per-task={cpus}" if cpus else "",
-            options=[f"--export={','.join(('MEMLAUNCH_RUN_DIR', *pass_env))}", *allocation.options()],
+            options=[*options, *settings.options()],
             runs=list(runs),
             at_once=at_once,
-            stopped=STOPPED,
+            stopped=EXIT_STOPPED,
         )
     except jinja2.TemplateError as error:
         where = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
-        raise ValueError(f"the template `{template}`{where}: {error}") from None
+        raise ValueError(f"the template `{chosen}`{where}: {error}") from None
 
 
-def submit(new_run: Sequence[str]) -> str:
-    """``command.sh``: submits ``job.sbatch``, which lies beside it, or runs it inside an allocation.
+def _submit(nodes: int) -> list[str]:
+    """The body of ``command.sh``: submits ``job.sbatch``, or runs it inside an allocation.
 
     Its arguments go on to sbatch: ``--wait``, ``--parsable``. With ``MEMLAUNCH_SUBMIT`` set it submits
     inside an allocation too.
-
-    Args:
-        new_run: the command that makes a new run folder from the folder it is given, and prints its path.
     """
     patterns = "|".join(f"{prefix}*" for prefix in INHERITED)
     return f"""\
-#!/usr/bin/env bash
-# MEMLAUNCH_RUN_DIR names the run folder; without it a new one is made. Arguments are handed on to sbatch.
-set -euo pipefail
-here="$(cd "$(dirname "${{BASH_SOURCE[0]}}")" && pwd)"
-export MEMLAUNCH_RUN_DIR="${{MEMLAUNCH_RUN_DIR:-$({shell.join(new_run)} "$here")}}"
-echo "run folder: $MEMLAUNCH_RUN_DIR" >&2
-
-if [[ -n "${{SLURM_JOB_ID:-}}" && -z "${{MEMLAUNCH_SUBMIT:-}}" ]]; then
-    exec bash "$MEMLAUNCH_RUN_DIR/launch/job.sbatch"
+inside="${{SLURM_JOB_ID:-}}"
+if [[ -n "${{MEMLAUNCH_SUBMIT:-}}" ]]; then inside=""; fi
+if [[ -n "$inside" ]] && ((${{SLURM_JOB_NUM_NODES:-{nodes}}} < {nodes})); then
+    echo "error: the job wants {nodes} nodes, and the allocation has $SLURM_JOB_NUM_NODES" >&2
+    echo "hint: ask for more nodes, or lower cluster.nodes" >&2
+    exit 4
 fi
 
-# Of a job that this may run in, the new one inherits nothing.
+# Of a job or a step that this may run in, a new one inherits nothing but, inside, which allocation it is.
 for name in $(compgen -e); do
     case "$name" in
         {KEPT}) ;;
+        {ALLOCATION}) if [[ -z "$inside" ]]; then unset "$name"; fi ;;
         {patterns}) unset "$name" ;;
     esac
 done
+if [[ -n "$inside" ]]; then exec bash "$MEMLAUNCH_RUN_DIR/launch/job.sbatch"; fi
 # A percent sign in the name of the folder is not a pattern of SLURM's.
 exec sbatch --chdir="$MEMLAUNCH_RUN_DIR" --output="${{MEMLAUNCH_RUN_DIR//%/%%}}/logs/slurm-%j.log" "$@" \\
     "$MEMLAUNCH_RUN_DIR/launch/job.sbatch"
-"""
-
-
-def without_inherited(environment: Mapping[str, str]) -> dict[str, str]:
-    """``environment`` less what a new job must not inherit from the one that submits it."""
-    return {name: v for name, v in environment.items() if name == KEPT or not name.startswith(INHERITED)}
+""".splitlines()
 
 
 def directive(text: str) -> str:

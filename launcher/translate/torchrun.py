@@ -1,50 +1,45 @@
-"""A resolved job as a torchrun command on one machine."""
+"""A resolved job under torchrun: one on this machine, or one on each host of a hostfile, over ssh."""
 
-import shlex
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from memlaunch.launcher.rundir import ENVIRONMENT_VARIABLE
-from memlaunch.launcher.translate import shell
+from memlaunch.launcher.translate import hosts
+from memlaunch.launcher.translate.shell import Raw
 
 if TYPE_CHECKING:
     from memlaunch.launcher.resolve import ResolvedJob
 
-WORKER = "memlaunch.launcher.worker"
+#: What every rank starts with.
+RANK = "memlaunch.launcher.rank"
 
 
-def argv(resolved: "ResolvedJob", python: str) -> list[str]:
-    """The torchrun command line; the run folder and a free port are found when it starts."""
-    return [
+def files(resolved: "ResolvedJob", python: str) -> dict[str, str]:
+    """``command.sh``, ``node.sh`` and, for several hosts, ``hostfile``."""
+    if not resolved.hosts:
+        return hosts.on_this_machine(resolved, python, standalone(python, resolved.world_size))
+    command = meeting(
         python,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nnodes=1",
-        f"--nproc-per-node={resolved.world_size}",
-        "-m",
-        WORKER,
+        nodes=len(resolved.hosts),
+        node=Raw('"$1"'),
+        address=Raw('"$2"'),
+        port=Raw('"$3"'),
+        ranks=hosts.slots(resolved.hosts),
+    )
+    return hosts.on_each(resolved, python, command)
+
+
+def standalone(python: str, ranks: int) -> list[str]:
+    """``ranks`` ranks on one machine, at a port that torchrun finds."""
+    return [
+        *(python, "-m", "torch.distributed.run", "--standalone", "--nnodes=1"),
+        *(f"--nproc-per-node={ranks}", "-m", RANK),
     ]
 
 
-def command(resolved: "ResolvedJob", python: str) -> str:
-    """``command.sh``: runs the job by hand, and is what ``memlaunch run`` runs.
-
-    Every value of the job is quoted; only the ``setup`` lines are the user's own shell.
-    """
-    cluster = resolved.job.cluster
-    exports = {**cluster.env, "OMP_NUM_THREADS": str(resolved.threads_per_rank)}
-    run_dir = f'{shlex.quote(python)} -m memlaunch.launcher.rundir "$here" "${{{ENVIRONMENT_VARIABLE}:-}}"'
-    lines = [
-        "#!/usr/bin/env bash",
-        f"# Trains {shell.comment(resolved.job.name)} on {resolved.world_size} rank(s) of this machine.",
-        f"# {ENVIRONMENT_VARIABLE} names the run folder; without it a new one is made.",
-        "set -e",
-        'here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"',
-        *cluster.setup,
-        *shell.exports(exports),
-        f'{ENVIRONMENT_VARIABLE}="$({run_dir})"',
-        f"export {ENVIRONMENT_VARIABLE}",
-        f'echo "run folder: ${ENVIRONMENT_VARIABLE}" >&2',
-        "exec " + shlex.join(argv(resolved, python)),
+def meeting(python: str, *, nodes: int, node: Raw, address: Raw, port: Raw, ranks: str) -> Sequence[str]:
+    """``ranks`` ranks on this one of ``nodes`` machines, which meet at ``address`` and ``port``."""
+    return [
+        *(python, "-m", "torch.distributed.run", f"--nnodes={nodes}"),
+        *(Raw(f"--node-rank={node}"), Raw(f"--master-addr={address}"), Raw(f"--master-port={port}")),
+        *(Raw(f"--nproc-per-node={ranks}"), "-m", RANK),
     ]
-    return "\n".join(lines) + "\n"

@@ -1,0 +1,124 @@
+"""How a run ended: what its events say, in an exit code and in words.
+
+``python -m memlaunch.launcher.outcome STATUS [SINCE]`` does it for a script that has started the ranks of the
+run in ``MEMLAUNCH_RUN_DIR`` and has seen them end with STATUS; SINCE is the size of the events before.
+"""
+
+import os
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from memlaunch.launcher import errors
+from memlaunch.launcher.errors import EXIT_FAILED, EXIT_LAUNCH, EXIT_STOPPED
+from memlaunch.launcher.rundir import ENVIRONMENT_VARIABLE, RunDir, read_lines
+
+if TYPE_CHECKING:
+    from memlaunch.launcher.source import Document
+
+#: Lines of a log shown when a run fails.
+TAIL = 15
+
+Event = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the ranks of a run ended.
+
+    Attributes:
+        code: the exit code.
+        failure: the event of the rank that failed first, where one said so.
+        lost: the event of a host that was not reached, or was lost.
+    """
+
+    code: int
+    failure: Event | None = None
+    lost: Event | None = None
+
+
+def of(folder: RunDir, status: int, since: int = 0) -> Outcome:
+    """The outcome of the run in ``folder``, whose launcher ended with ``status``.
+
+    Args:
+        since: byte of the events behind which those of this launch stand.
+    """
+    events = [event for event, _ in read_lines(folder.events, since)]
+    kinds = {event["event"] for event in events}
+    failure = culprit([event for event in events if event["event"] == "failed"])
+    lost = next((event for event in events if event["event"] == "lost"), None)
+    if failure is not None:
+        return Outcome(int(failure["exit_code"]), failure, lost)
+    if status == 0 or ("finished" in kinds and not lost):
+        return Outcome(0)
+    if kinds & {"stopped", "preempted"}:
+        return Outcome(EXIT_STOPPED)
+    return Outcome(EXIT_FAILED if "started" in kinds else EXIT_LAUNCH, lost=lost)
+
+
+def culprit(failures: list[Event]) -> Event | None:
+    """The failure that the others followed from.
+
+    They see a rank that is gone as a broken connection, and may say so before anyone can speak for it.
+    """
+    by_job = (failure for failure in failures if "key" in failure)
+    gone = (failure for failure in failures if "status" in failure)
+    return next(by_job, None) or next(gone, None) or next(iter(failures), None)
+
+
+def explain(outcome: Outcome, folder: RunDir, document: "Document | None" = None) -> str:
+    """What ended the run, for people: who, how, what to do, and the last words of the log.
+
+    Args:
+        document: the job file, in which a mistake that a rank found is shown.
+    """
+    failure = outcome.failure
+    if failure is None:
+        return _without_a_word(outcome, folder)
+    log = folder.rank_log(failure["rank"])
+    if "key" in failure:
+        if document is None:
+            return f"error: {failure['message']}\nhint: {failure['hint']}\nlog: {log}"
+        problem = document.finding(failure["key"], failure["message"], failure["hint"])
+        return f"{errors.render(problem, errors.wants_colour())}\nlog: {log}"
+    said = (
+        f"rank {failure['rank']} on {failure['host']}: error: {failure['message']}\nhint: {failure['hint']}"
+    )
+    return f"{said}\n{tail(log)}" if "status" in failure else f"{said}\nlog: {log}"
+
+
+def tail(log: Path, lines: int = TAIL) -> str:
+    """The end of ``log``, under a line that names it."""
+    if not log.exists():
+        return f"it wrote no {log}"
+    text = log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]
+    return "\n".join([f"the last lines of {log}:", *(f"  {line}" for line in text)])
+
+
+def _without_a_word(outcome: Outcome, folder: RunDir) -> str:
+    said = "error: the ranks ended without saying why"
+    if outcome.lost is not None:
+        said = f"error: {outcome.lost['host']}: it was not reached, or was lost on the way\nhint: "
+        said += "`memlaunch doctor` looks at every host"
+    elif outcome.code == EXIT_LAUNCH:
+        said = "error: the ranks did not start"
+    logs = [folder.rank_log(0), folder.launcher_log, *sorted(folder.logs.glob("slurm-*.log"))[-1:]]
+    return "\n".join([said, *(tail(log) for log in logs if log.exists())])
+
+
+def main() -> int:
+    """Say on stderr how the ranks ended; the exit code for it."""
+    status, since = int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0
+    folder = RunDir(Path(os.environ[ENVIRONMENT_VARIABLE]))
+    outcome = of(folder, status, since)
+    if outcome.code == EXIT_LAUNCH and status > 128 and status - 128 in (signal.SIGTERM, signal.SIGINT):
+        outcome = Outcome(EXIT_STOPPED)
+    if outcome.code not in (0, EXIT_STOPPED):
+        print(explain(outcome, folder), file=sys.stderr)
+    return outcome.code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
