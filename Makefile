@@ -54,6 +54,7 @@ matrix: $(STAMP)  ## the whole equivalence matrix, of which `make test` runs a s
 	$(BIN)/pytest -m long
 
 testbed:  ## the Debian packages that a test cluster needs; as root
+	apt-get update -qq
 	apt-get install -qq -y --no-install-recommends slurm-wlm munge openmpi-bin pdsh openssh-server iproute2
 
 test-cluster: $(STAMP)  ## the tests on a real two-node cluster of this machine; as root

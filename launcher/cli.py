@@ -24,6 +24,7 @@ app = typer.Typer(
 )
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="The job file, such as job.json.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, as `run` prints it.")]
 Sets = Annotated[
     list[str] | None,
     typer.Option(
@@ -73,6 +74,16 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would run, and run nothing.")
     ] = False,
+    resume: Annotated[
+        str,
+        typer.Option(
+            metavar="never|auto|PATH",
+            help="Go on with the newest run of the job, or with the run or the checkpoint at PATH.",
+        ),
+    ] = "never",
+    force: Annotated[
+        bool, typer.Option("--force", help="Go on although the job learns something else now.")
+    ] = False,
 ) -> None:
     """Train. Prints the run folder last."""
     from memlaunch.launcher import launch, resolve, translate
@@ -83,7 +94,7 @@ def run(
         for name, text in translate.files(resolved).items():
             print(f"==> {name} <==\n{text}")
         return
-    raise typer.Exit(launch.run(resolved, document, wait=wait))
+    raise typer.Exit(launch.run(resolved, document, wait=wait, go_on=resume, force=force))
 
 
 @app.command()
@@ -114,14 +125,29 @@ def validate(
 
 
 @app.command()
-def plan(job: JobFile, sets: Sets = None, as_json: AsJson = False) -> None:
-    """Work out what a run will be like: its batches over the job's own data."""
+def plan(
+    job: JobFile,
+    sets: Sets = None,
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", metavar="NAME", help="Plan its memory too, on this GPU: H100-80GB.")
+    ] = None,
+    nodes: Annotated[int | None, typer.Option("--nodes", min=1, help="On so many machines.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Work out what a run will be like: its batches over the job's own data; with --gpu, memory and time."""
     from memlaunch.launcher import plan as planning
-    from memlaunch.launcher import resolve
+    from memlaunch.launcher.plan import memory, report
 
-    document = resolve.read(job, sets or ())
-    figures = planning.batches(resolve.from_document(document, job), document)
-    print(json.dumps({"batches": figures}, indent=2) if as_json else planning.table(figures))
+    document, resolved, keys = memory.read(job, sets or ())
+    parts: dict[str, Any] = {"batches": planning.batches(resolved, document)}
+    if gpu is not None:
+        parts |= memory.plan(document, resolved, keys, gpu, nodes)
+    if as_json:
+        print(json.dumps(parts, indent=2))
+        return
+    print(planning.table(parts["batches"]))
+    if gpu is not None:
+        print(f"\n{report.text(parts)}")
 
 
 @app.command()
@@ -143,6 +169,97 @@ def translate(
     for name, text in files.items():
         (out / name).write_text(text, encoding="utf-8")
         print(out / name)
+
+
+@app.command()
+def submit(
+    jobs: Annotated[list[Path], typer.Argument(metavar="JOB...", help="Job files; several become an array.")],
+    sets: Sets = None,
+) -> None:
+    """Submit a job to SLURM, or several as one array. Prints the run folders."""
+    from memlaunch.launcher import launch, resolve
+
+    documents = [resolve.read(job, sets or ()) for job in jobs]
+    resolved = [resolve.from_document(*read) for read in zip(documents, jobs, strict=True)]
+    for one in resolved:
+        if one.job.cluster.launcher != "slurm":
+            raise UserError(
+                f"`{one.job.cluster.launcher}` has no queue to submit to",
+                "use `memlaunch run`, or set `cluster.launcher` to `slurm`",
+            )
+    if len(jobs) > 1:
+        folders = launch.submit_array(list(zip(resolved, documents, strict=True)))
+    else:
+        folders = [launch.create(resolved[0], documents[0])]
+        launch.submit(folders[0])
+    for folder in folders:
+        print(folder.path)
+
+
+@app.command()
+def status(
+    run: Annotated[
+        Path | None, typer.Argument(metavar="RUN", help="A run folder; default: all below `runs`.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show how a run stands, or all of them."""
+    from memlaunch.launcher import runs
+
+    if run is None:
+        shown = [runs.status(one) for one in runs.newest_first(Path("runs"))]
+        print(json.dumps({"runs": shown}, indent=2) if as_json else "\n".join(map(runs.summary, shown)))
+    else:
+        one = runs.status(runs.find(run))
+        print(json.dumps(one, indent=2) if as_json else runs.summary(one))
+
+
+@app.command()
+def logs(
+    run: RunFolder,
+    rank: Annotated[int | None, typer.Option(min=0, help="Default: the one that failed, or 0.")] = None,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on until the run ends.")] = False,
+) -> None:
+    """Print the log of a rank."""
+    from memlaunch.launcher import runs
+
+    found = runs.find(run)
+    path = runs.log(found, rank)
+    if not follow:
+        sys.stdout.write(path.read_text(encoding="utf-8", errors="replace"))
+        return
+    for text in runs.follow(found, path):
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+@app.command()
+def stop(
+    run: RunFolder,
+    now: Annotated[bool, typer.Option("--now", help="End it at once.")] = False,
+) -> None:
+    """Ask a run to stop behind the step it is in, with a checkpoint to go on from."""
+    from memlaunch.launcher import runs
+
+    print(runs.stop(runs.find(run), now=now), file=sys.stderr)
+
+
+@app.command()
+def doctor(
+    job: Annotated[
+        Path | None, typer.Argument(metavar="JOB", help="Default: none, and this machine alone.")
+    ] = None,
+    sets: Sets = None,
+    as_json: AsJson = False,
+) -> None:
+    """Ask every node whether a job would run there, before it does."""
+    from memlaunch.launcher import doctor as room
+    from memlaunch.launcher import resolve
+
+    if job is None and sets:
+        raise UserError("`--set` changes a job, and there is none", "name the job file")
+    resolved = None if job is None else resolve.load(job, sets or ())
+    raise typer.Exit(room.run(resolved, as_json=as_json))
 
 
 @app.command()

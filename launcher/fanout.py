@@ -24,7 +24,7 @@ from types import FrameType
 
 from memlaunch.launcher import hostfile
 from memlaunch.launcher.errors import UserError
-from memlaunch.launcher.node import HEARTBEAT, TURN
+from memlaunch.launcher.node import HEARTBEAT, TURN, UP
 from memlaunch.launcher.rundir import ENVIRONMENT_VARIABLE, RunDir
 from memlaunch.launcher.translate import ssh
 
@@ -92,10 +92,11 @@ def _watch(nodes: Sequence["_Node"], signals: Sequence[int]) -> int:
             # Once asked to stop, a host may end as it will, and the others take the time they need.
             if (status := node.turn()) and first is None and not signals:
                 first = status
-                lost = ": it was not reached, or was lost" if status == UNREACHABLE else ""
+                how = "was lost" if node.reached else "was not reached"
+                lost = f": it {how}" if status == UNREACHABLE else ""
                 _say(node.host, f"ended with exit status {status}{lost}")
                 if lost and (folder := os.environ.get(ENVIRONMENT_VARIABLE)):
-                    RunDir(Path(folder)).append_event("lost", host=node.host)
+                    RunDir(Path(folder)).append_event("lost", host=node.host, reached=node.reached)
                 deadline = time.monotonic() + GRACE
         if (signals or first is not None) and not stopping:
             stopping = True
@@ -108,11 +109,15 @@ def _watch(nodes: Sequence["_Node"], signals: Sequence[int]) -> int:
 
 
 class _Node:
-    """One host: its ssh, and the thread that prints what comes from it."""
+    """One host: its ssh, and the thread that prints what comes from it.
+
+    ``reached`` is whether its guard has spoken; ``status`` the exit status, once it has ended.
+    """
 
     def __init__(self, host: str, argv: Sequence[str], environment: Mapping[str, str]) -> None:
         self.host = host
         self.status: int | None = None
+        self.reached = False
         self._process = subprocess.Popen(
             argv,
             stdin=subprocess.PIPE,
@@ -162,6 +167,9 @@ class _Node:
     def _print(self) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
+            if line == UP:
+                self.reached = True
+                continue
             _say(self.host, line.decode(errors="replace").rstrip("\n"))
 
 

@@ -115,6 +115,12 @@ class DataSection(Settings):
     label: str | None = Field(
         default=None, description="The column that holds the class; default for a classification: `label`."
     )
+    skip_bad_lines: int = Field(
+        default=0,
+        ge=0,
+        description="Lines of each source that are left out where they cannot be read or lack a column; one "
+        "more of them ends the run.",
+    )
     max_length: int | None = Field(
         default=None, ge=4, description="Tokens that a sample is cut to; default: the tokenizer's limit."
     )

@@ -6,16 +6,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from memlaunch.launcher import outcome, rundir, slurm_job, translate
-from memlaunch.launcher.errors import EXIT_INTERRUPTED, EXIT_STOPPED
+from memlaunch.launcher import outcome, resume, rundir, slurm_job, translate
+from memlaunch.launcher.errors import EXIT_INTERRUPTED, EXIT_STOPPED, UserError
 from memlaunch.launcher.monitor import Monitor
+from memlaunch.launcher.node import end_with_parent
 from memlaunch.launcher.outcome import Outcome
-from memlaunch.launcher.translate import mpirun
+from memlaunch.launcher.rundir import read_lines
+from memlaunch.launcher.translate import mpirun, slurm
 
 if TYPE_CHECKING:
     from memlaunch.launcher.resolve import ResolvedJob
@@ -30,18 +32,31 @@ SLURM_TURN = 2.0
 GRACE = 60.0
 
 
-def run(resolved: "ResolvedJob", document: "Document", *, wait: bool = False) -> int:
-    """Train the job in ``document`` in a new run folder, whose path is printed last; the exit code.
+def run(
+    resolved: "ResolvedJob",
+    document: "Document",
+    *,
+    wait: bool = False,
+    go_on: str = "never",
+    force: bool = False,
+) -> int:
+    """Train the job in ``document`` in a run folder, whose path is printed last; the exit code.
 
     Args:
         wait: a job that goes to SLURM is followed to its end.
+        go_on, force: as for :func:`memlaunch.launcher.resume.prepare`; the run folder is a new one where that
+            finds none.
     """
     by_slurm = resolved.job.cluster.launcher == "slurm"
     if by_slurm and slurm_job.inside() and not slurm_job.is_first_task():
         print("the first task of the step starts the ranks", file=sys.stderr)
         return 0
-    folder = create(resolved, document)
-    if by_slurm and not slurm_job.inside():
+    resumed = resume.prepare(resolved, document, go_on, force)
+    folder = resumed.folder if resumed is not None else create(resolved, document)
+    if resumed is not None and resumed.done:
+        print("the run has come to its end already", file=sys.stderr)
+        code = 0
+    elif by_slurm and not slurm_job.inside():
         code = submit(folder, document, wait=wait)
     else:
         stop = mpirun.STOP if resolved.job.cluster.launcher == "mpirun" else signal.SIGTERM
@@ -68,6 +83,30 @@ def submit(folder: "RunDir", document: "Document | None" = None, *, wait: bool =
     return follow_job(job, folder, document) if wait else 0
 
 
+def submit_array(
+    jobs: "Sequence[tuple[ResolvedJob, Document]]", python: str = sys.executable
+) -> "list[RunDir]":
+    """Submit ``jobs``, which ask for the same of SLURM, as one array; their run folders.
+
+    Raises:
+        UserError: they ask for different things, or SLURM does not take them.
+    """
+    (first, _), *others = jobs
+    for resolved, document in others:
+        if resolved.job.cluster != first.job.cluster:
+            raise UserError(
+                f"{document.name}: an array asks SLURM for one thing, and this `cluster` is not that of "
+                f"{jobs[0][1].name}",
+                "submit it on its own",
+            )
+    folders = [create(*job) for job in jobs]
+    script = slurm.array(first, [str(folder.path) for folder in folders], python)
+    folders[0].place({"job.sbatch": script})
+    number = slurm_job.submit(folders[0], array=folders)
+    print(f"submitted as job {number}, an array of {len(folders)}", file=sys.stderr)
+    return folders
+
+
 def follow(argv: list[str], folder: "RunDir", document: "Document | None", stop: signal.Signals) -> int:
     """Run ``argv``, which starts the ranks of the run in ``folder``, to its end; the exit code.
 
@@ -77,6 +116,7 @@ def follow(argv: list[str], folder: "RunDir", document: "Document | None", stop:
     """
     environment = {**os.environ, rundir.ENVIRONMENT_VARIABLE: str(folder.path)}
     since = folder.events.stat().st_size if folder.events.exists() else 0
+    folder.launched_here()
     with folder.launcher_log.open("ab") as log:
         process = subprocess.Popen(
             argv,
@@ -85,11 +125,13 @@ def follow(argv: list[str], folder: "RunDir", document: "Document | None", stop:
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C comes to us alone
+            preexec_fn=lambda: end_with_parent(signal.SIGTERM),
         )
-        folder.launched_by(process.pid)
         with contextlib.ExitStack() as stack:
             stack.callback(_end_all, process)
-            ask = _Interrupts(lambda: process.send_signal(stop), lambda: _end_all(process))
+            ask = _Interrupts(
+                lambda: folder.ask_to_stop(lambda: process.send_signal(stop)), lambda: _end_all(process)
+            )
             interrupts = stack.enter_context(ask)
             monitor = stack.enter_context(Monitor(folder))
             while process.poll() is None:
@@ -109,7 +151,9 @@ def follow_job(job: str, folder: "RunDir", document: "Document | None") -> int:
     state: str | None = None
     asked = looked = float("-inf")
     with (
-        _Interrupts(lambda: slurm_job.ask_to_stop(job), lambda: slurm_job.end(job)) as interrupts,
+        _Interrupts(
+            lambda: folder.ask_to_stop(lambda: slurm_job.ask_to_stop(job)), lambda: slurm_job.end(job)
+        ) as interrupts,
         Monitor(folder) as monitor,
     ):
         while True:
@@ -138,8 +182,13 @@ def follow_job(job: str, folder: "RunDir", document: "Document | None") -> int:
 
 def _conclude(ended: Outcome, folder: "RunDir", document: "Document | None", interrupts: int) -> int:
     """Say how the run ended; the exit code."""
-    if interrupts and ended.code:
+    stopped = ended.code == EXIT_STOPPED or (interrupts and ended.code)
+    if stopped and [e["event"] for e, _ in read_lines(folder.events)][-1:] not in (
+        ["stopped"],
+        ["preempted"],
+    ):
         folder.append_event("stopped", signals=interrupts)
+    if interrupts and ended.code:
         return EXIT_STOPPED if interrupts == 1 else EXIT_INTERRUPTED
     if ended.code not in (0, EXIT_STOPPED):
         print(outcome.explain(ended, folder, document), file=sys.stderr)

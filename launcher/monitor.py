@@ -18,8 +18,10 @@ class Monitor:
 
     def __init__(self, folder: RunDir) -> None:
         self._folder = folder
-        self._events_read = 0
-        self._metrics_read = 0
+        # What there is has been written by an earlier attempt.
+        self._events_read = folder.events.stat().st_size if folder.events.exists() else 0
+        self._metrics_read = folder.metrics.stat().st_size if folder.metrics.exists() else 0
+        self._resumed = 0
         self._console = Console(stderr=True, highlight=False)
         self._bar = Progress(
             TextColumn("{task.completed:.0f}/{task.total:.0f}"),
@@ -57,7 +59,11 @@ class Monitor:
         kind = event["event"]
         if kind == "started" and "script" in event:
             self.say(f"{event['script']} on {event['world_size']} rank(s)")
+        elif kind == "resumed":
+            self._resumed = event["step"]
+            self.say(f"goes on behind step {self._resumed}")
         elif kind == "started":
+            self._metrics_read = 0  # the lines behind the checkpoint have been taken back
             self._total = event["steps"]
             self._task = self._bar.add_task("", total=self._total, status="")
             self.say(
@@ -73,6 +79,8 @@ class Monitor:
             self.say(f"warning: {event['message']}")
 
     def _show_metrics(self, line: dict[str, Any]) -> None:
+        if line["step"] <= self._resumed and "loss" in line:
+            return
         if "eval_loss" in line:
             figures = ", ".join(f"{name} {_short(v)}" for name, v in line.items() if name.startswith("eval_"))
             self.say(f"step {line['step']}: {figures}")

@@ -27,6 +27,9 @@ import psutil
 HEARTBEAT = 5.0
 SILENCE = 45.0
 
+#: What a guard on a leash says first.
+UP = b"\x06\n"
+
 #: Seconds between two looks at the command.
 TURN = 0.1
 
@@ -63,12 +66,14 @@ class Guard:
 
     Attributes:
         asked: whether it has been asked to stop.
+        terminated: when SIGTERM came first, on the monotonic clock; None before.
     """
 
     def __enter__(self) -> "Guard":
         _prctl(_PR_SET_CHILD_SUBREAPER, 1)  # what the command orphans comes to us, not to the first process
-        _prctl(_PR_SET_PDEATHSIG, signal.SIGHUP)
+        end_with_parent(signal.SIGHUP)
         self.asked = False
+        self.terminated: float | None = None
         self._pass_on = False
         self._end = False
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
@@ -105,7 +110,7 @@ class Guard:
             cwd=folder,
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # what is sent to our group reaches the command once, through us
-            preexec_fn=lambda: _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL),
+            preexec_fn=lambda: end_with_parent(signal.SIGKILL),
         )
         while process.poll() is None:
             if self._end:
@@ -123,6 +128,8 @@ class Guard:
 
     def _ask(self, number: int = 0, frame: FrameType | None = None) -> None:
         self.asked = self._pass_on = True
+        if number == signal.SIGTERM and self.terminated is None:
+            self.terminated = time.monotonic()
 
     def _end_now(self, number: int, frame: FrameType | None) -> None:
         self._end = True
@@ -141,6 +148,7 @@ class _Leash:
         while not self._lines:
             self._read(TURN)
         self.environment: dict[str, str] = json.loads(self._lines.pop(0))
+        os.write(1, UP)
 
     def listen(self) -> bool:
         """Whether a stop was asked for since the last call. Raises Stopped: nobody is at the other end."""
@@ -170,6 +178,11 @@ def _end_children() -> None:
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:  # orphans are ours to bury
                 pass
+
+
+def end_with_parent(number: int) -> None:
+    """Have this process, and the program it becomes, get signal ``number`` when its parent ends."""
+    _prctl(_PR_SET_PDEATHSIG, number)
 
 
 def _prctl(option: int, value: int) -> None:

@@ -53,9 +53,10 @@ def of(folder: RunDir, status: int, since: int = 0) -> Outcome:
         return Outcome(int(failure["exit_code"]), failure, lost)
     if status == 0 or ("finished" in kinds and not lost):
         return Outcome(0)
-    if kinds & {"stopped", "preempted"}:
+    if kinds & {"stopped", "preempted"} or folder.stop.exists():
         return Outcome(EXIT_STOPPED)
-    return Outcome(EXIT_FAILED if "started" in kinds else EXIT_LAUNCH, lost=lost)
+    began = "started" in kinds and (lost is None or lost["reached"])
+    return Outcome(EXIT_FAILED if began else EXIT_LAUNCH, lost=lost)
 
 
 def culprit(failures: list[Event]) -> Event | None:
@@ -100,12 +101,12 @@ def tail(log: Path, lines: int = TAIL) -> str:
 def _without_a_word(outcome: Outcome, folder: RunDir) -> str:
     said = "error: the ranks ended without saying why"
     if outcome.lost is not None:
-        said = f"error: {outcome.lost['host']}: it was not reached, or was lost on the way\nhint: "
-        said += "`memlaunch doctor` looks at every host"
+        how = "was lost on the way" if outcome.lost["reached"] else "was not reached"
+        said = f"error: {outcome.lost['host']} {how}\nhint: `memlaunch doctor` looks at every host"
     elif outcome.code == EXIT_LAUNCH:
         said = "error: the ranks did not start"
     logs = [folder.rank_log(0), folder.launcher_log, *sorted(folder.logs.glob("slurm-*.log"))[-1:]]
-    return "\n".join([said, *(tail(log) for log in logs if log.exists())])
+    return "\n".join([said, *(tail(log, 2 * TAIL) for log in logs if log.exists())])
 
 
 def main() -> int:

@@ -7,19 +7,24 @@ on: torchrun ends with 1 whatever happened.
 
 import contextlib
 import json
+import math
 import os
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
-from memlaunch.launcher.errors import EXIT_FAILED, EXIT_LAUNCH
+from memlaunch.launcher.errors import EXIT_FAILED, EXIT_LAUNCH, EXIT_STOPPED
 from memlaunch.launcher.mpi import CannotMeet, Meeting
 from memlaunch.launcher.node import Guard, Stopped
 from memlaunch.launcher.rundir import ENVIRONMENT_VARIABLE, RunDir, read_lines
 
 WORKER = "memlaunch.launcher.worker"
+
+#: Seconds after SIGTERM in which mpirun leaves us be; then it kills us, and what we guard would stay.
+PATIENCE = 2.0
 
 
 def main() -> int:
@@ -36,21 +41,25 @@ def main() -> int:
                     _say_failed(folder, 0, EXIT_LAUNCH, str(error), error.hint)
                 return EXIT_LAUNCH
             environment = meeting.environment
-        status = _run(folder, guard, environment)
+        status = _run(folder, guard, environment, PATIENCE if meeting is not None else math.inf)
         if meeting is not None:
             meeting.whole = status == 0
     return status if status >= 0 else 128 - status
 
 
-def _run(folder: RunDir, guard: Guard, environment: dict[str, str]) -> int:
-    """Run the work of the rank; its exit status, or minus the signal that ended it."""
+def _run(folder: RunDir, guard: Guard, environment: dict[str, str], patience: float) -> int:
+    """Run the work of the rank; its exit status, or minus the signal that ended it.
+
+    ``patience``: seconds from SIGTERM until it is killed.
+    """
     rank = int(environment["RANK"])
     _log_to(folder.rank_log(rank))
     since = folder.events.stat().st_size if folder.events.exists() else 0
     script = json.loads(folder.resolved.read_text(encoding="utf-8")).get("script")
-    command = [sys.executable, "-m", WORKER]
+    python = [sys.executable, "-u"]  # what it prints is in the log at once
+    command = [*python, "-m", WORKER]
     if script is not None:
-        command = [sys.executable, script["path"], *script["args"]]
+        command = [*python, script["path"], *script["args"]]
         if rank == 0:
             size = int(environment["WORLD_SIZE"])
             folder.append_event("started", script=script["path"], world_size=size)
@@ -59,17 +68,23 @@ def _run(folder: RunDir, guard: Guard, environment: dict[str, str]) -> int:
             command,
             environment,
             folder=script and script["folder"],
-            # It may wait for ever for a rank that has failed.
-            give_up=lambda: guard.asked and _failed(folder, since) != set(),
+            give_up=lambda: _gives_up(guard, folder, since, patience),
         )
     except Stopped:
         return -signal.SIGHUP
-    if status and not guard.asked and rank not in _failed(folder, since):
+    if status not in (0, EXIT_STOPPED) and not guard.asked and rank not in _failed(folder, since):
         how, hint = _how(status)
         _say_failed(folder, rank, EXIT_FAILED, how, hint, status=status)
     elif not status and rank == 0 and script is not None:
         folder.append_event("finished")
     return status
+
+
+def _gives_up(guard: Guard, folder: RunDir, since: int, patience: float) -> bool:
+    """Whether work that was asked to stop is to be killed: it may wait for one that has failed."""
+    if guard.terminated is not None and time.monotonic() - guard.terminated > patience:
+        return True
+    return guard.asked and _failed(folder, since) != set()
 
 
 def _failed(folder: RunDir, since: int) -> set[int]:

@@ -15,7 +15,7 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,7 +112,7 @@ class RunDir:
         """Whether the run came to its end: its last attempt finished."""
         last = None
         for line, _ in read_lines(self.events):
-            if line["event"] in ("resumed", "started", "finished"):
+            if line["event"] in ("restarted", "started", "finished"):
                 last = line["event"]
         return last == "finished"
 
@@ -148,19 +148,37 @@ class RunDir:
         finally:
             os.close(descriptor)
 
-    def launched_by(self, pid: int) -> None:
-        """Keep which process of which machine starts the ranks, for those who want to stop the run."""
-        values = {"host": socket.gethostname(), "pid": pid, "started": _start_of(pid)}
+    def ask_to_stop(self, send: Callable[[], object]) -> None:
+        """Ask the ranks to stop between two steps; where they do not train, ``send`` does."""
+        self.stop.touch()
+        started = [
+            event for event, _ in read_lines(self.events) if event["event"] in ("started", "restarted")
+        ]
+        if not started or started[-1]["event"] != "started" or "script" in started[-1]:
+            send()
+
+    def launched_here(self) -> None:
+        """Keep that this process starts the ranks, for those who want to stop the run."""
+        values = {"host": os.uname().nodename, "pid": os.getpid(), "started": _start_of(os.getpid())}
         self.place({self.launcher.name: json.dumps(values) + "\n"})
+
+    def launcher_host(self) -> str | None:
+        """The machine that the ranks were started from; None where no one has kept it."""
+        host = self._launcher().get("host")
+        return host if isinstance(host, str) else None
 
     def launcher_process(self) -> int | None:
         """The process of this machine that starts the ranks, if it runs."""
-        if not self.launcher.exists():
+        kept = self._launcher()
+        if self.launcher_host() != os.uname().nodename or kept["started"] != _start_of(kept["pid"]):
             return None
-        values = json.loads(self.launcher.read_text(encoding="utf-8"))
-        pid = int(values["pid"])
-        runs = values["host"] == socket.gethostname() and values["started"] == _start_of(pid) is not None
-        return pid if runs else None
+        return int(kept["pid"])
+
+    def _launcher(self) -> dict[str, Any]:
+        if not self.launcher.exists():
+            return {}
+        kept: dict[str, Any] = json.loads(self.launcher.read_text(encoding="utf-8"))
+        return kept
 
     def place(self, files: Mapping[str, str]) -> None:
         """Write what :func:`memlaunch.launcher.translate.files` made to where a run has it.
@@ -192,18 +210,20 @@ def create_from(folder: Path, path: Path | None = None) -> RunDir:
     """A run folder for the job translated into ``folder``, with copies of its files.
 
     Args:
-        path: where; by default a new folder where the job has its runs. A run folder that has its files and
-            has not run is taken as it is.
+        path: where; by default a new folder where the job has its runs. A run folder of the same job that has
+            its files is taken as it is, unless that run has come to its end.
 
     Raises:
         FileNotFoundError: neither ``folder`` nor the folder above it holds a ``resolved.json``.
-        FileExistsError: there is something else at ``path``, such as a run that has been.
+        FileExistsError: there is something else at ``path``, such as a run that has ended.
     """
-    if path is not None and RunDir(path).resolved.exists() and not RunDir(path).events.exists():
-        return RunDir(path)
     resolved = next(
         (p for p in (folder / "resolved.json", folder.parent / "resolved.json") if p.exists()), None
     )
+    if path is not None and RunDir(path).resolved.exists():
+        there = RunDir(path)
+        if not there.events.exists() or (_same_job(there.resolved, resolved) and not there.ended()):
+            return there
     if resolved is None:
         raise FileNotFoundError(f"no resolved.json in {folder}")
     job = json.loads(resolved.read_text(encoding="utf-8"))
@@ -212,6 +232,16 @@ def create_from(folder: Path, path: Path | None = None) -> RunDir:
     text = resolved.read_text(encoding="utf-8")
     run.place({**files, run.resolved.name: text, run.job.name: text})
     return run
+
+
+def _same_job(one: Path, other: Path | None) -> bool:
+    """Whether two resolved jobs are the same, but for the bucket size that the ranks may have written in."""
+    if other is None:
+        return False
+    jobs = [json.loads(path.read_text(encoding="utf-8")) for path in (one, other)]
+    for job in jobs:
+        job.get("data", {}).get("batching", {}).pop("bucket_size", None)
+    return bool(jobs[0] == jobs[1])
 
 
 def read_lines(path: Path, start: int = 0) -> Iterator[tuple[dict[str, Any], int]]:

@@ -3,7 +3,7 @@
 import os
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from memlaunch.launcher.errors import EXIT_LAUNCH, UserError
 from memlaunch.launcher.rundir import ENVIRONMENT_VARIABLE, RunDir, read_lines
@@ -41,8 +41,11 @@ def is_first_task(environment: Mapping[str, str] = os.environ) -> bool:
     return environment.get("SLURM_PROCID", "0") == "0"
 
 
-def submit(folder: RunDir) -> str:
+def submit(folder: RunDir, array: Sequence[RunDir] = ()) -> str:
     """Submit the job of a run; its number, which goes into the events too.
+
+    Args:
+        array: the runs of the tasks, where the job is an array.
 
     Raises:
         UserError: SLURM does not take it, or is not there.
@@ -59,7 +62,10 @@ def submit(folder: RunDir) -> str:
             "`cluster.slurm` says what is asked for; `sinfo` shows what there is",
             exit_code=EXIT_LAUNCH,
         )
-    folder.append_event("submitted", job=job)
+    for index, task in enumerate(array):
+        task.append_event("submitted", job=f"{job}_{index}")
+    if not array:
+        folder.append_event("submitted", job=job)
     return job
 
 
@@ -78,8 +84,7 @@ def state(job: str) -> str | None:
     shown = _ask("scontrol", "show", "job", "--oneliner", job)
     if shown.returncode == 0:
         states = [w.partition("=")[2] for w in shown.stdout.split() if w.startswith("JobState=")]
-        # The tasks of an array are jobs of their own: the first that has not ended speaks for all.
-        return next((s for s in states if s not in ENDED), states[0] if states else None)
+        return states[0] if states else None
     if "Invalid job id" not in shown.stderr:
         raise UserError(
             f"SLURM does not say what became of job {job}: {shown.stderr.strip()}",

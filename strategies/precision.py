@@ -71,6 +71,11 @@ class PrecisionSettings(Settings):
 class ScaleAtMinimum(RuntimeError):
     """fp16 gradients overflow although the loss scale is already at its minimum."""
 
+    @classmethod
+    def at(cls, minimum: float) -> "ScaleAtMinimum":
+        """The error at this smallest scale."""
+        return cls(f"the gradients overflow at the smallest loss scale, {minimum:g}")
+
 
 @dataclass
 class LossScale:
@@ -112,13 +117,22 @@ class LossScale:
                 self.credits -= 1
                 return
             if self.scale <= self.min_scale:
-                raise ScaleAtMinimum(f"the gradients overflow at the smallest loss scale, {self.min_scale:g}")
+                raise ScaleAtMinimum.at(self.min_scale)
             self.scale = max(self.scale / 2, self.min_scale)
             return
         if self.clean_steps and self.clean_steps % self.growth_interval == 0:
             self.scale *= 2
             self.credits = self.hysteresis
         self.clean_steps += 1
+
+    def state(self) -> dict[str, float]:
+        """Where it stands: all that :meth:`update` changes."""
+        return {"scale": self.scale, "credits": self.credits, "clean_steps": self.clean_steps}
+
+    def set_state(self, state: Mapping[str, float]) -> None:
+        """Go on from what :meth:`state` told."""
+        self.scale = float(state["scale"])
+        self.credits, self.clean_steps = int(state["credits"]), int(state["clean_steps"])
 
 
 class MasterWeights:

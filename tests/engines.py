@@ -92,7 +92,7 @@ def window(step: int, world: World, micro_batches: int = 2) -> list[MicroBatch]:
 
 def step(engine: Engine, number: int, world: World, learning_rate: float = 1e-3) -> dict[str, Any]:
     """One optimizer step as the loop does it; the line it would record."""
-    return _optimizer_step(engine, TASK, window(number, world), learning_rate, world)
+    return _optimizer_step(engine, TASK, window(number, world), learning_rate, world).line
 
 
 def weights(engine: Engine) -> dict[str, Tensor]:

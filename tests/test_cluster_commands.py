@@ -202,9 +202,18 @@ export MASTER_ADDR MASTER_PORT
 
 # One task a node, which starts the ranks of the node. A step inherits neither the processors that were asked
 # for nor, after --export, the environment. When one task fails, the others are ended.
+srun --export=ALL --overlap --nodes=2 --ntasks-per-node=1 --cpus-per-task=8 --kill-on-bad-exit=1 --wait=60 \\
+    bash "$MEMLAUNCH_RUN_DIR/launch/node.sh" &
+step=$!
+
+# A request to stop is handed on to the ranks.
+trap 'kill -TERM "$step" 2>/dev/null' TERM INT
 status=0
-srun --export=ALL --nodes=2 --ntasks-per-node=1 --cpus-per-task=8 --kill-on-bad-exit=1 --wait=60 \\
-    bash "$MEMLAUNCH_RUN_DIR/launch/node.sh" || status=$?
+wait "$step" || status=$?
+while kill -0 "$step" 2>/dev/null; do
+    status=0
+    wait "$step" || status=$?
+done
 
 # The status of a step is that of torchrun, 1; what became of the run stands in its events.
 exec /opt/python -m memlaunch.launcher.outcome "$status" "$before"
@@ -240,7 +249,7 @@ def test_the_script_for_several_nodes() -> None:
 
 @pytest.mark.parametrize("template", ["single", "multinode", "array", "preemptible"])
 def test_every_template_is_bash_and_keeps_its_directives_on_top(template: str) -> None:
-    more: dict[str, Any] = {"runs": ["/a b", "/it's"], "at_once": 1} if template == "array" else {}
+    more: dict[str, Any] = {"runs": ["/a b", "/it's"]} if template == "array" else {}
     text = render(template, {"time": "10"}, nodes=1, about=VALUES["NEWLINES"] + "\n#SBATCH --x", **more)
     subprocess.run(["bash", "-n"], input=text, text=True, check=True)
     lines = text.splitlines()
@@ -251,12 +260,12 @@ def test_every_template_is_bash_and_keeps_its_directives_on_top(template: str) -
 
 
 def test_an_array_and_a_preemptible_job() -> None:
-    array = render("array", runs=["/a b", "/it's", "/c"], at_once=2)
-    assert "#SBATCH --array=0-2%2\n" in array
+    array = render("array", runs=["/a b", "/it's", "/c"])
+    assert "#SBATCH --array=0-2\n" in array
     assert "runs=(\n    '/a b'\n    '/it'\"'\"'s'\n    /c\n)\n" in array
     preemptible = render("preemptible", {"signal": "TERM@300"})
     assert preemptible.index("--signal=TERM@120") < preemptible.index("--signal=TERM@300")
-    assert "if ((status_of_run == 75)); then\n    scontrol requeue" in preemptible
+    assert "if ((outcome == 75)); then\n    scontrol requeue" in preemptible
 
 
 def test_a_template_of_the_users(tmp_path: Path) -> None:

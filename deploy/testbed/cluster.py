@@ -213,9 +213,8 @@ class Cluster:
     ) -> NodeProcess:
         """Start ``argv`` on ``node``, in a session of its own."""
         return NodeProcess(
-            [*self._inside(node), *argv],
+            [*self._inside(node, cwd or self.home), *argv],
             env={**self.environment, **(env or {})},
-            cwd=cwd or self.home,
             stdin=stdin,
             stdout=stdout,
             stderr=stderr,
@@ -352,7 +351,7 @@ class Cluster:
         namespace = _namespace(self._first(name))
         return [process for process in psutil.process_iter() if _namespace(process) == namespace]
 
-    def _inside(self, node: str) -> list[str]:
+    def _inside(self, node: str, folder: str | Path) -> list[str]:
         return [
             "nsenter",
             f"--target={self._first(node).pid}",
@@ -360,7 +359,7 @@ class Cluster:
             "--net",
             "--uts",
             "--mount",
-            "--wdns=/",
+            f"--wdns={folder}",
             "--",
         ]
 

@@ -2,16 +2,16 @@
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from memlaunch.launcher.training.engine import Step
+from memlaunch.launcher.training.engine import Block, Piece, Step
 from memlaunch.launcher.training.errors import JobMismatch
-from memlaunch.launcher.training.torch_engine import dtype_name, state_facts
+from memlaunch.launcher.training.torch_engine import dtype_name, replicated_blocks, state_facts
 from memlaunch.launcher.training.world import World
 from memlaunch.strategies import optimizer, precision
 from memlaunch.strategies.technique import Facts, Setup
@@ -29,6 +29,7 @@ class DeepSpeedEngine:
         _require_fp16(setup)
         self.module = module
         self._setup = setup
+        self._rank = world.rank
         groups = optimizer.parameter_groups(module, setup)
         read = _ReadKeys(config)
         if setup.zero.stage == 3:
@@ -82,7 +83,13 @@ class DeepSpeedEngine:
         for group in self._base.param_groups:
             group["lr"] = learning_rate
         scale = self._loss_scale()
-        self._engine.step()
+        try:
+            self._engine.step()
+        except Exception as error:  # DeepSpeed has no class of its own for it
+            if "loss scale already at minimum" not in str(error):
+                raise
+            smallest = self._setup.precision.min_scale
+            raise precision.ScaleAtMinimum.at(smallest) from error
         norm = self._replicated.norm if self._replicated else self._engine.get_global_grad_norm()
         skipped = not self._engine.was_step_applied()
         finite = norm is not None and not skipped and math.isfinite(float(norm))
@@ -125,6 +132,78 @@ class DeepSpeedEngine:
             parameter_dtypes={name: dtype_name(parameter.dtype) for name, parameter in named.items()},
             states=tuple(self._states()),
         )
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self.module.named_parameters()}
+
+    def blocks(self) -> Iterator[Block]:
+        if self._setup.zero.stage == 0:
+            yield from replicated_blocks(self.module, self._base, {})
+            return
+        zero = self._engine.optimizer
+        names: dict[Any, str] = {parameter: name for name, parameter in self.module.named_parameters()}
+        pieces = self._pieces_of_shards if self._setup.zero.stage == 3 else self._pieces_of_partitions
+        for number, (_, weight) in enumerate(self._optimized(zero)):
+            state = self._base.state[weight]
+            yield Block(tuple(pieces(zero, number, names)), weight.detach(), state, replicated=False)
+        for parameter, name in names.items():
+            if parameter.requires_grad:
+                continue
+            if self._setup.zero.stage == 3:
+                shard = parameter.ds_tensor
+                found = _piece_of_shard(name, parameter, shard.numel(), self._rank, at=0)
+                yield Block(tuple(found), shard.detach(), None, replicated=False)
+            else:
+                piece = Piece(name, 0, parameter.numel(), 0)
+                yield Block((piece,), parameter.detach(), None, replicated=True)
+
+    def _pieces_of_partitions(self, zero: Any, number: int, names: Mapping[Any, str]) -> Iterator[Piece]:
+        """Stages 1 and 2: a rank's part of all parameters of group ``number``, one behind the other."""
+        for parameter in zero.bit16_groups[number]:
+            if (mapping := parameter._hp_mapping) is not None:
+                inside, at = mapping.lp_fragment_address, mapping.hp_fragment_address
+                yield Piece(names[parameter], inside.start, inside.numel, at.start)
+
+    def _pieces_of_shards(self, zero: Any, number: int, names: Mapping[Any, str]) -> Iterator[Piece]:
+        """Stage 3: a rank's part of each parameter of subgroup ``number``."""
+        for parameter in zero.fp16_groups[number]:
+            _, at, length = zero.grad_position[zero.get_param_id(parameter)]
+            yield from _piece_of_shard(names[parameter], parameter, length, self._rank, at)
+
+    def refresh(self) -> None:
+        zero = self._engine.optimizer
+        if self._setup.zero.stage in (1, 2):
+            zero.update_lp_params()
+        if self._setup.zero.stage != 3:
+            return
+        for number, master in enumerate(zero.fp32_partitioned_groups_flat):
+            if master.numel():
+                zero.fp16_partitioned_groups_flat[number].data.copy_(master.data)
+                zero._unflatten_partitioned_parameters(number)
+        if zero.persistent_parameters:  # small ones are kept whole beside their shards
+            first = zero.persistent_parameters[0]
+            first.partition(zero.persistent_parameters)
+            first.all_gather(zero.persistent_parameters)
+
+    def rehearse(self, run: Callable[[], None]) -> None:
+        return None  # its buckets are filled as the gradients come, from the first pass on
+
+    def loss_scale(self) -> dict[str, float] | None:
+        if not precision.scales_loss(self._setup.precision) or not self._scaler().dynamic:
+            return None
+        if self._replicated:
+            return self._replicated.state()
+        scaler = self._scaler()
+        clean_steps = scaler.cur_iter - scaler.last_overflow_iter - 1
+        return {"scale": scaler.cur_scale, "credits": scaler.cur_hysteresis, "clean_steps": clean_steps}
+
+    def set_loss_scale(self, state: Mapping[str, float]) -> None:
+        if self._replicated:
+            self._replicated.set_state(state)
+            return
+        scaler = self._scaler()
+        scaler.cur_scale, scaler.cur_hysteresis = float(state["scale"]), int(state["credits"])
+        scaler.cur_iter, scaler.last_overflow_iter = int(state["clean_steps"]), -1
 
     def _states(self) -> Iterator[tuple[int, int, str]]:
         groups, zero = self._base.param_groups, self._engine.optimizer
@@ -181,6 +260,14 @@ class _ReplicatedStep:
         if self._scale:
             self._scale.update(not math.isfinite(self.norm))
 
+    def state(self) -> dict[str, float]:
+        assert self._scale is not None
+        return self._scale.state()
+
+    def set_state(self, state: Mapping[str, float]) -> None:
+        assert self._scale is not None
+        self._scale.set_state(state)
+
 
 class _ReadKeys(dict[str, Any]):
     """A config that knows which of its top-level keys were read: DeepSpeed passes over unknown ones."""
@@ -213,6 +300,13 @@ def _refuse_unread(config: _ReadKeys) -> None:
             f"DeepSpeed does not know {', '.join(f'`{key}`' for key in unread)}",
             "look the spelling up in DeepSpeed's configuration reference",
         )
+
+
+def _piece_of_shard(name: str, parameter: Any, length: int, rank: int, at: int) -> Iterator[Piece]:
+    """Rank ``rank``'s ``length`` elements of a parameter of stage 3, less the padding behind its end."""
+    start = rank * length
+    if (real := min(length, parameter.ds_numel - start)) > 0:
+        yield Piece(name, start, real, at)
 
 
 def _offload_device(config: Any) -> str:

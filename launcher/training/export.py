@@ -1,5 +1,6 @@
 """The trained model in Hugging Face form: trainable weights from the fp32 masters, frozen ones unchanged."""
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -95,7 +96,12 @@ def save(
     buffers = {name: buffer.cpu() for name, buffer in model.named_buffers() if name in persistent}
     if untouched.use_cache is not None:
         model.config.use_cache = untouched.use_cache
-    partial = folder.with_name(f"{folder.name}.partial")
+    partial, old = (folder.with_name(f"{folder.name}.{state}") for state in ("partial", "old"))
+    for rubbish in (partial, old):
+        shutil.rmtree(rubbish, ignore_errors=True)
     model.save_pretrained(partial, state_dict=weights | buffers)
     tokenizer.save_pretrained(partial)
+    if folder.exists():  # of a run that went on
+        folder.rename(old)
     partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)

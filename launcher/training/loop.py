@@ -2,18 +2,22 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
+from memlaunch.launcher.training import random_state
 from memlaunch.launcher.training.batches import Collate, MicroBatch, evaluation_order
 from memlaunch.launcher.training.engine import Engine
 from memlaunch.launcher.training.errors import TrainingFailed
 from memlaunch.launcher.training.tasks import Task, logits_of
+from memlaunch.launcher.training.together import gather
 from memlaunch.launcher.training.world import World
 from memlaunch.strategies.accumulation import loss_weight
+from memlaunch.strategies.precision import ScaleAtMinimum
 
 #: What a micro-batch is made of: indices of samples, or blocks of them.
 Item = TypeVar("Item", covariant=True)
@@ -29,6 +33,37 @@ class Sampler(Protocol[Item]):
 
 
 @dataclass(frozen=True)
+class Position:
+    """How far a run is: optimizer steps made, and how many of them were not skipped."""
+
+    step: int = 0
+    applied: int = 0
+
+
+class Between(Protocol):
+    """What happens between two optimizer steps."""
+
+    def votes(self) -> Sequence[float]:
+        """What this rank has to say behind a step; it is summed over the ranks, together with the loss."""
+
+    def decide(self, position: Position, votes: Sequence[float]) -> bool:
+        """Act on the sums, the same on every rank; whether to stop here."""
+
+
+class _Straight:
+    """Nothing happens."""
+
+    def votes(self) -> Sequence[float]:
+        return ()
+
+    def decide(self, position: Position, votes: Sequence[float]) -> bool:
+        return False
+
+
+_STRAIGHT = _Straight()
+
+
+@dataclass(frozen=True)
 class Plan:
     """How far to train, and what happens on the way.
 
@@ -38,6 +73,8 @@ class Plan:
         eval_every: steps between evaluations before the last step; None for none.
         record: called on the main rank with each line of ``metrics.jsonl``.
         after_first_step: called on every rank once the engine has done its first step.
+        start: what a resumed run has behind it.
+        between: what happens between two steps.
     """
 
     steps: int
@@ -45,6 +82,8 @@ class Plan:
     eval_every: int | None
     record: Callable[[dict[str, Any]], None]
     after_first_step: Callable[[], None]
+    start: Position = Position()
+    between: Between = _STRAIGHT
 
 
 def train(
@@ -55,23 +94,57 @@ def train(
     plan: Plan,
     world: World,
     evaluate: Callable[[], dict[str, float]] | None,
-) -> None:
-    """Train for ``plan.steps`` optimizer steps.
+) -> bool:
+    """Train until ``plan.steps`` optimizer steps are made.
+
+    Returns whether they are, and nobody asked to stop before.
 
     Raises:
         TrainingFailed: a loss or gradient is not finite, and no loss scale can mend it.
     """
-    applied = 0
+    applied = plan.start.applied
     verified = False
     engine.module.train()
-    for number, (epoch, window) in enumerate(_windows(sampler, plan.steps), start=1):
+
+    def evaluate_if_due(number: int, epoch: float) -> None:
+        due = plan.eval_every is not None and number % plan.eval_every == 0
+        if evaluate is not None and due and number < plan.steps:
+            figures = evaluate()
+            engine.module.train()
+            if world.is_main:
+                plan.record({"step": number, "epoch": round(epoch, 6), **figures})
+
+    if 0 < plan.start.step < plan.steps:
+        first, *_ = sampler.step(*divmod(plan.start.step, sampler.steps_per_epoch))
+        _rehearse(engine, task, collate(first), world)
+        # A checkpoint comes before the evaluation of its step.
+        evaluate_if_due(plan.start.step, plan.start.step / sampler.steps_per_epoch)
+    for number in range(plan.start.step + 1, plan.steps + 1):
         begun = time.perf_counter()
+        epoch, k = divmod(number - 1, sampler.steps_per_epoch)
+        done = epoch + (k + 1) / sampler.steps_per_epoch
+        window = sampler.step(epoch, k)
+        batches = [collate(indices) for indices in window]
         learning_rate = plan.learning_rate(applied)
-        line = _optimizer_step(engine, task, [collate(indices) for indices in window], learning_rate, world)
+        try:
+            outcome = _optimizer_step(engine, task, batches, learning_rate, world, plan.between)
+        except ScaleAtMinimum as error:
+            raise TrainingFailed(
+                f"step {number}: {error}; it is made of {_samples(window, world)}",
+                f"{NOT_FINITE}, or use bf16; `strategy.precision.min_scale` is the bound",
+            ) from error
+        line = outcome.line
         if line["loss_scale"] is None and (line["loss"] is not None and not math.isfinite(line["loss"])):
-            raise TrainingFailed(f"the loss of step {number} is {line['loss']}", NOT_FINITE)
+            wrong = [w for w, loss in zip(window, outcome.losses, strict=True) if not math.isfinite(loss)]
+            raise TrainingFailed(
+                f"the loss of step {number} is {line['loss']}, and comes from {_samples(wrong, world)}",
+                NOT_FINITE,
+            )
         if line["loss_scale"] is None and line["grad_norm"] is None:
-            raise TrainingFailed(f"the gradients of step {number} are not finite", NOT_FINITE)
+            raise TrainingFailed(
+                f"the gradients of step {number} are not finite; it is made of {_samples(window, world)}",
+                NOT_FINITE,
+            )
         applied += not line["skipped"]
         if not verified and not line["skipped"]:
             plan.after_first_step()
@@ -81,57 +154,94 @@ def train(
             plan.record(
                 {
                     "step": number,
-                    "epoch": round(epoch, 6),
+                    "epoch": round(done, 6),
                     "learning_rate": learning_rate,
                     **line,
                     "step_seconds": round(seconds, 6),
                     "tokens_per_second": round(line["tokens"] / seconds, 3),
                 }
             )
-        due = plan.eval_every is not None and number % plan.eval_every == 0
-        if evaluate is not None and due and number < plan.steps:
-            figures = evaluate()
-            engine.module.train()
-            if world.is_main:
-                plan.record({"step": number, "epoch": round(epoch, 6), **figures})
+        if plan.between.decide(Position(number, applied), outcome.votes):
+            return False
+        evaluate_if_due(number, done)
     if not applied:
         raise TrainingFailed(
             "the gradients of every step overflowed, so nothing was learned",
             "lower `strategy.precision.loss_scale` or `initial_scale`, or train for more steps",
         )
+    return True
 
 
-NOT_FINITE = "lower `training.learning_rate`, or look at the samples of this step"
+NOT_FINITE = "lower `training.learning_rate`, or look at these samples"
+
+#: Samples that an error names.
+NAMED = 16
 
 
-def _windows(sampler: Sampler[Item], steps: int) -> Iterator[tuple[float, Sequence[Sequence[Item]]]]:
-    """(epochs done behind the step, this rank's micro-batches of it) for each optimizer step of the run."""
-    per_epoch = sampler.steps_per_epoch
-    for number in range(steps):
-        epoch, k = divmod(number, per_epoch)
-        yield epoch + (k + 1) / per_epoch, sampler.step(epoch, k)
+def _samples(window: Sequence[Any], world: World) -> str:
+    """The samples of the micro-batches in ``window`` and in those of the other ranks, in words."""
+    mine = [index for micro_batch in window for item in micro_batch for index in _indices(item)]
+    found = sorted({index for indices in gather(mine, world) for index in indices})
+    named = ", ".join(map(str, found[:NAMED]))
+    more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
+    return f"the samples {named}{more} of `data.train`, counted from 0"
+
+
+def _indices(item: Any) -> Sequence[int]:
+    """The samples of an item: itself, or those of a packed block."""
+    return [int(index) for index in item] if isinstance(item, Sequence) else [int(item)]
+
+
+def _rehearse(engine: Engine, task: Task, batch: MicroBatch, world: World) -> None:
+    """Let the engine try ``batch``, and leave no trace of it in the random states."""
+    states = random_state.capture(world)
+    batch = batch.to(world.device)
+
+    def run() -> None:
+        with engine.micro_step(last=True):
+            engine.backward(task.loss_sum(logits_of(engine.forward(batch.inputs)), batch.labels))
+
+    engine.rehearse(run)
+    random_state.restore(*states, world)
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What a window came to: the part of its metrics line that the ranks share, the sums of the ranks' votes,
+    and the summed loss of each micro-batch of this rank.
+    """
+
+    line: dict[str, Any]
+    votes: Sequence[float]
+    losses: Sequence[Tensor]
 
 
 def _optimizer_step(
-    engine: Engine, task: Task, window: Sequence[MicroBatch], learning_rate: float, world: World
-) -> dict[str, Any]:
-    """One window, forward, backward and step; the part of its metrics line that the ranks share."""
+    engine: Engine,
+    task: Task,
+    window: Sequence[MicroBatch],
+    learning_rate: float,
+    world: World,
+    between: Between = _STRAIGHT,
+) -> _Outcome:
+    """One window, forward, backward and step."""
     if world.kind == "cuda":
         torch.cuda.reset_peak_memory_stats(world.device)
     counted, samples, tokens, padded = world.sum(
         [sum(getattr(b, name) for b in window) for name in ("count", "samples", "tokens", "padded_tokens")]
     )
     weight = loss_weight(counted, world.size)
-    loss_sum = torch.zeros((), device=world.device, dtype=torch.float64)
+    losses: list[Tensor] = []
     for index, batch in enumerate(window):
         batch = batch.to(world.device)
         with engine.micro_step(last=index == len(window) - 1):
             loss = task.loss_sum(logits_of(engine.forward(batch.inputs)), batch.labels)
             engine.backward(loss * weight)
-        loss_sum += loss.detach()
+        losses.append(loss.detach())
     step = engine.step(learning_rate)
-    (total,) = world.sum([loss_sum.item()])
-    return {
+    mine = torch.stack(losses).sum(dtype=torch.float64).item() if losses else 0.0
+    total, *votes = world.sum([mine, *between.votes()])
+    line = {
         "loss": total / counted if counted else None,
         "grad_norm": step.grad_norm,
         "loss_scale": step.loss_scale,
@@ -141,6 +251,7 @@ def _optimizer_step(
         "padded_tokens": int(padded),
         "peak_memory_bytes": _peak_memory(world),
     }
+    return _Outcome(line, votes, losses)
 
 
 def _peak_memory(world: World) -> int | None:

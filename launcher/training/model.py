@@ -1,5 +1,6 @@
 """The job's model and tokenizer."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,12 +54,19 @@ def load_tokenizer(model: "ModelSection") -> "PreTrainedTokenizerBase":
     return loaded
 
 
-def build(model: "ModelSection", labels: list[str] | None, pad_token: int, seed: int) -> "PreTrainedModel":
+def build(
+    model: "ModelSection",
+    labels: list[str] | None,
+    pad_token: int,
+    seed: int,
+    changes: Mapping[str, Any] | None = None,
+) -> "PreTrainedModel":
     """The model in fp32 on the CPU, with new parts (or all of it) from ``seed``.
 
     Args:
         labels: the names of the classes, for a task that has some.
         pad_token: the id that batches are padded with.
+        changes: where given, no weights are read: the model is made from its config with these keys changed.
 
     Raises:
         JobMismatch: it cannot be loaded, or ``config`` has a key that its architecture does not know.
@@ -70,13 +78,20 @@ def build(model: "ModelSection", labels: list[str] | None, pad_token: int, seed:
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: index for index, label in enumerate(labels)}
     config.pad_token_id = pad_token  # classifiers on decoders find the last token by it
+    for key, value in (changes or {}).items():
+        setattr(config, key, value)
     torch.manual_seed(seed)
     built: PreTrainedModel
-    if model.path is None:
+    if model.path is None or changes is not None:
         built = _loaded(
-            "model.config",
-            f"a new {model.architecture}",
-            lambda: auto.from_config(config, attn_implementation=model.attention, dtype=torch.float32),
+            "model.config" if model.path is None else "model.path",
+            f"a new {model.architecture}" if model.path is None else model.path,
+            lambda: auto.from_config(
+                config,
+                dtype=torch.float32,
+                attn_implementation=model.attention,
+                trust_remote_code=model.trust_remote_code,
+            ),
         )
     else:
         path = model.path

@@ -9,14 +9,18 @@ from typing import Any
 from memlaunch.launcher.training.errors import JobMismatch
 
 Record = dict[str, Any]
+Numbered = Iterator[tuple[int, Record | JobMismatch]]
 
 
-def read(source: str, key: str) -> Iterator[tuple[int, Record]]:
+def read(source: str, key: str) -> Numbered:
     """(line or row from 1, record) of a ``.jsonl``, ``.csv`` or ``.parquet`` file, a folder saved by
     ``datasets``, or a hub id ``NAME:SPLIT``.
 
+    A line that cannot be read, while those behind it may be, comes as the error that it is. ``key`` is the
+    key of the job file that names the source.
+
     Raises:
-        JobMismatch: a line cannot be read; ``key`` is the key of the job file that names the source.
+        JobMismatch: nothing behind can be read either.
     """
     path = Path(source)
     reader = {".jsonl": _json_lines, ".csv": _csv_rows, ".parquet": _parquet_rows}.get(path.suffix.lower())
@@ -30,45 +34,48 @@ def bad_line(source: str, line: int, key: str, message: str, hint: str) -> JobMi
     return JobMismatch(key, f"{source}:{line}: {message}", hint)
 
 
-def _json_lines(path: Path, key: str) -> Iterator[tuple[int, Record]]:
+def _json_lines(path: Path, key: str) -> Numbered:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise bad_line(
-                    str(path), number, key, f"not a line of JSON: {error}", "mend or remove the line"
-                ) from error
-            if not isinstance(record, dict):
-                raise bad_line(
-                    str(path), number, key, "not a JSON object", 'each line is an object, `{"text": ...}`'
-                )
-            yield number, record
+            if line.strip():
+                yield number, _json_line(line, str(path), number, key)
 
 
-def _csv_rows(path: Path, key: str) -> Iterator[tuple[int, Record]]:
+def _json_line(line: bytes, source: str, number: int, key: str) -> Record | JobMismatch:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested without end
+        return bad_line(source, number, key, f"not a line of JSON: {error}", "mend or remove the line")
+    if not isinstance(record, dict):
+        return bad_line(source, number, key, "not a JSON object", 'each line is an object, `{"text": ...}`')
+    return record
+
+
+def _csv_rows(path: Path, key: str) -> Numbered:
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
         try:
             for record in reader:
-                if None in record or None in record.values():
-                    raise bad_line(
+                whole = None not in record and None not in record.values()
+                yield (
+                    reader.line_num,
+                    record
+                    if whole
+                    else bad_line(
                         str(path),
                         reader.line_num,
                         key,
                         "not as many fields as the header",
                         "mend the row, or quote its commas",
-                    )
-                yield reader.line_num, record
+                    ),
+                )
         except (csv.Error, UnicodeDecodeError) as error:
             raise bad_line(
                 str(path), reader.line_num, key, f"not a row of CSV: {error}", "mend or remove the row"
             ) from error
 
 
-def _parquet_rows(path: Path, key: str) -> Iterator[tuple[int, Record]]:
+def _parquet_rows(path: Path, key: str) -> Numbered:
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -1,5 +1,6 @@
 """One rank's part of a run, from the resolved job to the saved model."""
 
+import contextlib
 import functools
 import inspect
 import json
@@ -8,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
-from memlaunch.launcher.training import export, loop, tokens
+from memlaunch.launcher.training import export, loop, together, tokens
 from memlaunch.launcher.training.batches import Collate, CollatePacked, MicroBatch, PackedSampler
+from memlaunch.launcher.training.between import Between
+from memlaunch.launcher.training.checkpoint import Checkpoints
 from memlaunch.launcher.training.data import Data, sampler
 from memlaunch.launcher.training.data import load as load_data
 from memlaunch.launcher.training.engine import Engine
-from memlaunch.launcher.training.errors import NotApplicable, TrainingFailed
+from memlaunch.launcher.training.errors import LaunchFailed, NotApplicable, TrainingFailed
 from memlaunch.launcher.training.model import (
     build,
     check_attention,
@@ -22,6 +25,7 @@ from memlaunch.launcher.training.model import (
     parameter_count,
 )
 from memlaunch.launcher.training.schedule import learning_rate
+from memlaunch.launcher.training.stopping import StopRequests
 from memlaunch.launcher.training.tasks import TASKS, Task
 from memlaunch.launcher.training.world import World
 from memlaunch.strategies import TECHNIQUES, optimizer, precision
@@ -29,7 +33,7 @@ from memlaunch.strategies.padding import padded_length
 from memlaunch.strategies.technique import Setup
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Sequence
+    from collections.abc import Callable, Container, Iterator, Sequence
 
     from transformers import PreTrainedModel
 
@@ -38,13 +42,41 @@ if TYPE_CHECKING:
     from memlaunch.strategies.padding import PaddingSettings
 
 
-def run(resolved: "ResolvedJob", folder: "RunDir", world: World) -> None:
-    """Train the job's model in this rank and save it.
+def run(resolved: "ResolvedJob", folder: "RunDir", world: World) -> bool:
+    """Train the job's model in this rank, from the newest checkpoint of the run on, and save it.
+
+    Returns whether it came to its end, and nobody asked to stop before.
 
     Raises:
-        JobMismatch, NotApplicable: the job does not fit the model or the data.
+        JobMismatch, NotApplicable: the job does not fit the model, the data or the checkpoint.
         TrainingFailed: training cannot go on.
+        LaunchFailed: another process runs in ``folder``.
     """
+    with StopRequests(folder, world.is_main) as requests, _alone(folder, world):
+        return _run(resolved, folder, world, requests)
+
+
+@contextlib.contextmanager
+def _alone(folder: "RunDir", world: World) -> "Iterator[None]":
+    """On the main rank: keep every other run out of the folder; the other ranks wait for that.
+
+    Raises:
+        LaunchFailed: there is one.
+    """
+    with contextlib.ExitStack() as stack:
+        problem = None
+        if world.is_main:
+            try:
+                stack.enter_context(folder.writing())
+            except TimeoutError as error:
+                problem = str(error)
+        problem = together.gather(problem, world)[0]
+        if problem is not None:
+            raise LaunchFailed(problem, "wait for it to end, or stop it")
+        yield
+
+
+def _run(resolved: "ResolvedJob", folder: "RunDir", world: World, requests: StopRequests) -> bool:
     job = resolved.job
     setup = resolved.setup(world.kind)
     torch.set_num_threads(resolved.threads_per_rank)
@@ -81,7 +113,12 @@ def run(resolved: "ResolvedJob", folder: "RunDir", world: World) -> None:
     batches, train_collate = _training_batches(resolved, folder, data, collate, world)
     steps = job.training.max_steps or (job.training.epochs or 1) * batches.steps_per_epoch
     warmup = job.training.warmup_steps or round((job.training.warmup_ratio or 0) * steps)
+    checkpoints = Checkpoints(folder, engine, world, job.output.keep_checkpoints)
+    start = checkpoints.restore(job.training.seed)
     if world.is_main:
+        folder.cut_metrics(start.step)
+        if start.step:
+            folder.append_event("resumed", step=start.step)
         for pattern in ignored:
             folder.append_event(
                 "warning",
@@ -90,6 +127,8 @@ def run(resolved: "ResolvedJob", folder: "RunDir", world: World) -> None:
         for source in (data.train, data.heldout):
             if source is not None:
                 folder.append_event("data", **tokens.summary(source), max_length=data.max_length)
+                for problem in source.skipped:
+                    folder.append_event("warning", message=f"a line is left out: {problem}")
         folder.append_event(
             "started",
             model=type(model).__name__,
@@ -133,10 +172,15 @@ def run(resolved: "ResolvedJob", folder: "RunDir", world: World) -> None:
         eval_every=job.training.eval_every_steps,
         record=folder.append_metrics,
         after_first_step=verify,
+        start=start,
+        between=Between(checkpoints, requests, folder, world.is_main, job.output.checkpoint_every_steps),
     )
-    loop.train(
+    arrived = loop.train(
         engine, task, batches, train_collate, plan, world, evaluate if eval_batches is not None else None
     )
+    checkpoints.close()
+    if not arrived:
+        return False
     # Saved first: an evaluation that fails must not take the training with it. The tokenizer is loaded anew,
     # since one that has been used remembers how it truncated.
     export.save(engine, model, load_tokenizer(job.model), untouched, folder.model, world)
@@ -147,6 +191,7 @@ def run(resolved: "ResolvedJob", folder: "RunDir", world: World) -> None:
             folder.append_metrics({"step": steps, "epoch": epoch, **figures})
     if world.is_main:
         folder.append_event("finished", steps=steps)
+    return True
 
 
 def _start(model: "PreTrainedModel", setup: Setup, folder: "RunDir", world: World) -> Engine:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 #: Samples a record batch of the Arrow file; row i is row i % CHUNK of batch i // CHUNK.
 CHUNK = 4096
 #: Part of every cache key: raise it when the layout or the tokenisation changes.
-LAYOUT = 3
+LAYOUT = 4
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Tokens:
         codes: index into ``labels.values`` of each sample's label, int32, memory-mapped; None without labels.
         order: sample indices by descending length, memory-mapped, so that ranks share one copy.
         truncated: how many samples lost tokens to ``max_length``.
+        skipped: what was wrong with each line that was left out.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -53,6 +54,7 @@ class Tokens:
         about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
         self.source: str = about["source"]
         self.truncated: int = about["truncated"]
+        self.skipped: list[str] = about["skipped"]
         self.labels = Labels(tuple(about["labels"]), tuple(about["label_lines"]))
         self.lengths: np.ndarray[Any, np.dtype[np.int32]] = np.load(folder / "lengths.npy", mmap_mode="r")
         self.order = np.load(folder / "order.npy", mmap_mode="r")
@@ -138,6 +140,7 @@ def _key(
         "columns": [data.text, label_column(data)],
         "task": task,
         "max_length": max_length,
+        "skip_bad_lines": data.skip_bad_lines,
         "tokenizer": _fingerprint(tokenizer),
     }
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
@@ -167,13 +170,13 @@ def _write(
     codes: list[np.ndarray[Any, Any]] = []
     seen: dict[int | str, int] = {}
     lines: list[int] = []
+    skipped: list[str] = []
     truncated = 0
     sink = None
     with pa.OSFile(str(folder / "tokens.arrow"), "wb") as file:
-        for batch in _batches(records.read(source, f"data.{split}"), CHUNK):
+        for batch in _batches(_good(source, data, split, task, skipped), CHUNK):
             batch_codes = []
             for line, record in batch:
-                _check_columns(source, line, record, data, split, task)
                 if task == "sequence-classification":
                     label = _label(source, line, record[label_column(data)], data, split)
                     if label not in seen:
@@ -195,8 +198,37 @@ def _write(
     np.save(folder / "order.npy", length_order(all_lengths))
     if seen:
         np.save(folder / "codes.npy", np.concatenate(codes))
-    about = {"source": source, "truncated": truncated, "labels": list(seen), "label_lines": lines}
+    about = {
+        "source": source,
+        "truncated": truncated,
+        "skipped": skipped,
+        "labels": list(seen),
+        "label_lines": lines,
+    }
     (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
+
+
+def _good(
+    source: str, data: "DataSection", split: str, task: str, skipped: list[str]
+) -> Iterator[tuple[int, records.Record]]:
+    """The numbered records that can be trained on; what is wrong with the others is added to ``skipped``.
+
+    Raises:
+        JobMismatch: there are more of those than the job allows.
+    """
+    for line, record in records.read(source, f"data.{split}"):
+        try:
+            if isinstance(record, JobMismatch):
+                raise record
+            _check_columns(source, line, record, data, split, task)
+            if task == "sequence-classification":
+                _label(source, line, record[label_column(data)], data, split)
+        except JobMismatch as error:
+            if len(skipped) == data.skip_bad_lines:
+                raise
+            skipped.append(str(error))
+        else:
+            yield line, record
 
 
 def _batches(

@@ -1,7 +1,7 @@
 """Plain PyTorch: DistributedDataParallel, and nothing around the model on one rank."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from memlaunch.launcher.training.engine import Step
+from memlaunch.launcher.training.engine import Block, Piece, Step
 from memlaunch.launcher.training.world import World
 from memlaunch.strategies import optimizer, precision
 from memlaunch.strategies.technique import Facts, Setup
@@ -90,6 +90,41 @@ class TorchEngine:
                 for state in state_facts(group["optim_bits"], self._optimizer.state.get(parameter, {}))
             ),
         )
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(parameter.shape) for name, parameter in self.module.named_parameters()}
+
+    def blocks(self) -> Iterator[Block]:
+        masters = self._masters.master_of() if self._masters else {}
+        yield from replicated_blocks(self.module, self._optimizer, masters)
+
+    def refresh(self) -> None:
+        if self._masters:
+            self._masters.give_weights()
+
+    def rehearse(self, run: Callable[[], None]) -> None:
+        # Behind its first backward pass DDP puts the gradients into other buckets, in the order in which they
+        # came. A sum over more than two ranks is rounded differently in another place of a bucket.
+        if isinstance(self._replica, DistributedDataParallel):
+            run()
+            self.module.zero_grad(set_to_none=True)
+
+    def loss_scale(self) -> dict[str, float] | None:
+        return self._scale.state() if self._scale and self._scale.dynamic else None
+
+    def set_loss_scale(self, state: Mapping[str, float]) -> None:
+        assert self._scale is not None
+        self._scale.set_state(state)
+
+
+def replicated_blocks(
+    module: nn.Module, optimizer: torch.optim.Optimizer, masters: Mapping[Tensor, Tensor]
+) -> Iterator[Block]:
+    """A block for each parameter, of an engine in which every rank holds them all."""
+    for name, parameter in module.named_parameters():
+        weight = masters.get(parameter, parameter)
+        state = optimizer.state[weight] if parameter.requires_grad else None
+        yield Block((Piece(name, 0, weight.numel(), 0),), weight.detach(), state, replicated=True)
 
 
 def _data_parallel(module: nn.Module, world: World) -> DistributedDataParallel:

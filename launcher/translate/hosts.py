@@ -1,6 +1,7 @@
 """The scripts of a run on this machine, and on the hosts of a hostfile."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from memlaunch.launcher import hostfile
@@ -44,13 +45,15 @@ def on_each(resolved: "ResolvedJob", python: str, command: Sequence[str]) -> dic
     }
 
 
-def node(resolved: "ResolvedJob", command: Sequence[str]) -> str:
-    """``node.sh``, which runs ``command`` with the environment of the job."""
+def node(
+    resolved: "ResolvedJob", command: Sequence[str], more: Mapping[str, str] = MappingProxyType({})
+) -> str:
+    """``node.sh``, which runs ``command`` with the environment of the job, and ``more`` of ours."""
     cluster = resolved.job.cluster
     return shell.node_script(
         about=f"What each machine runs. {about(resolved)}",
         command=command,
-        env={**cluster.env, "OMP_NUM_THREADS": str(resolved.threads_per_rank)},
+        env={**cluster.env, "OMP_NUM_THREADS": str(resolved.threads_per_rank), **more},
         setup=cluster.setup,
         before=_by_host(resolved.hosts),
     )

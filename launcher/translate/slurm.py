@@ -29,6 +29,9 @@ KEPT = "SLURM_CONF"
 #: What tells a step which allocation it is to run in, as patterns of bash.
 ALLOCATION = "SLURM_JOB_*|SLURM_JOBID|SLURM_NODELIST|SLURM_TASKS_PER_NODE|SLURM_CLUSTER_NAME"
 
+#: Seconds that torchrun leaves the ranks for their step and a checkpoint when SLURM asks them to stop.
+SHUTDOWN = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "120"}
+
 _TIME = re.compile(r"\d+|\d+:\d+|\d+:\d+:\d+|\d+-\d+(:\d+){0,2}", re.ASCII)
 _SIGNAL = re.compile(r"([RB]{1,2}:)?(SIG)?[A-Z0-9]+(@\d+)?", re.ASCII)
 _MEMORY = re.compile(r"\d+[KMGT]?", re.ASCII)
@@ -139,26 +142,37 @@ def files(resolved: "ResolvedJob", python: str) -> dict[str, str]:
         ValueError: as :func:`script`.
         OSError: the user's template cannot be read.
     """
-    cluster, layout = resolved.job.cluster, resolved.layout
-    asked = cluster.slurm
-    wants_gpus = cluster.device == "cuda" and asked.gres is None
-    cpus = asked.cpus_per_task or layout.largest * resolved.threads_per_rank
+    layout = resolved.layout
     return {
         "command.sh": shell.start_script(
             about=hosts.about(resolved), python=python, body=_submit(layout.nodes)
         ),
-        "job.sbatch": script(
-            template(asked, layout.nodes),
-            asked.model_copy(update={"cpus_per_task": cpus}),
-            name=resolved.job.name,
-            nodes=layout.nodes,
-            gpus=layout.largest if wants_gpus else None,
-            python=python,
-            about=hosts.about(resolved),
-            pass_env=cluster.pass_env,
-        ),
-        "node.sh": hosts.node(resolved, [*hosts.guard(python), *_ranks(resolved, python)]),
+        "job.sbatch": _script(resolved, template(resolved.job.cluster.slurm, layout.nodes), python),
+        "node.sh": hosts.node(resolved, [*hosts.guard(python), *_ranks(resolved, python)], SHUTDOWN),
     }
+
+
+def _script(resolved: "ResolvedJob", chosen: Template | Path, python: str, runs: Sequence[str] = ()) -> str:
+    cluster, layout = resolved.job.cluster, resolved.layout
+    asked = cluster.slurm
+    wants_gpus = cluster.device == "cuda" and asked.gres is None
+    cpus = asked.cpus_per_task or layout.largest * resolved.threads_per_rank
+    return script(
+        chosen,
+        asked.model_copy(update={"cpus_per_task": cpus}),
+        name=resolved.job.name,
+        nodes=layout.nodes,
+        gpus=layout.largest if wants_gpus else None,
+        python=python,
+        about=hosts.about(resolved),
+        pass_env=cluster.pass_env,
+        runs=runs,
+    )
+
+
+def array(resolved: "ResolvedJob", runs: Sequence[str], python: str) -> str:
+    """The sbatch script of several runs that ask for the same; ``runs`` are their folders."""
+    return _script(resolved, "array", python, runs)
 
 
 def template(settings: SlurmSettings, nodes: int) -> Template | Path:
@@ -201,7 +215,6 @@ def script(
     about: str = "",
     pass_env: Sequence[str] = (),
     runs: Sequence[str] = (),
-    at_once: int | None = None,
 ) -> str:
     """The sbatch script of a run.
 
@@ -214,7 +227,7 @@ def script(
         about: a line that says what it does.
         pass_env: names of environment variables that the job takes along from where it is submitted; it takes
             no others.
-        runs, at_once: of an array: the run folder of each task, and how many may run at the same time.
+        runs: the run folder of each task of an array.
 
     Raises:
         ValueError: a value cannot stand in a script; the template has a mistake, or uses what is not there.
@@ -251,7 +264,6 @@ def script(
             cpus=f" --cpus-per-task={cpus}" if cpus else "",
             options=[*options, *settings.options()],
             runs=list(runs),
-            at_once=at_once,
             stopped=EXIT_STOPPED,
         )
     except jinja2.TemplateError as error:
