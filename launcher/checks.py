@@ -93,7 +93,7 @@ def check(job: Job, base: Path, layout: Layout) -> Iterator[Conflict]:
         yield from _check_data(job, base)
     yield from _check_training(job, layout.ranks)
     yield from _check_strategy(job, layout.ranks)
-    yield from _check_cluster(job.cluster, layout, base)
+    yield from _check_cluster(job.cluster, layout, job.script is not None)
     yield from _check_slurm(job.cluster, layout, base)
     yield from _check_output(job, base)
 
@@ -476,7 +476,7 @@ def _items(pattern: str, parameters: model_files.Parameters) -> Iterator[int]:
         index += 1
 
 
-def _check_cluster(cluster: ClusterSection, layout: Layout, base: Path) -> Iterator[Conflict]:
+def _check_cluster(cluster: ClusterSection, layout: Layout, is_script: bool) -> Iterator[Conflict]:
     launcher = cluster.launcher
     if cluster.hostfile is not None and launcher == "slurm":
         hint = "remove it; `cluster.slurm.nodelist` asks for nodes by name"
@@ -503,6 +503,9 @@ def _check_cluster(cluster: ClusterSection, layout: Layout, base: Path) -> Itera
         key = "cluster.include" if cluster.include else "cluster.exclude"
         hint = "choose whole hosts, or set CUDA_VISIBLE_DEVICES in `cluster.env`"
         yield Conflict(key, "mpirun cannot choose among the GPUs of a host", hint, ("cluster.launcher",))
+    if cluster.hang_timeout is not None and is_script:
+        message = "nothing tells when a script makes a step"
+        yield Conflict("cluster.hang_timeout", message, "remove it", ("script",))
     over_ssh = launcher in ("torchrun", "deepspeed")
     if cluster.ssh_options and not (over_ssh and cluster.hostfile is not None):
         hint = "remove them" if over_ssh else "set them in `~/.ssh/config`"

@@ -292,6 +292,16 @@ class ClusterSection(Settings):
     mpi_options: list[ShellText] = Field(
         default_factory=list, description="Options of mpirun, each a word, such as `--tag-output`."
     )
+    max_restarts: int = Field(
+        default=0,
+        ge=0,
+        description="How often ranks that fail are started again, from the last checkpoint.",
+    )
+    hang_timeout: float | None = Field(
+        default=None,
+        gt=0,
+        description="Seconds without a step after which ranks that train count as failed; default: no limit.",
+    )
     slurm: SlurmSettings = Field(default=SlurmSettings(), description="What is asked of SLURM.")
 
 

@@ -17,7 +17,7 @@ from memlaunch.launcher.monitor import Monitor
 from memlaunch.launcher.node import end_with_parent
 from memlaunch.launcher.outcome import Outcome
 from memlaunch.launcher.rundir import read_lines
-from memlaunch.launcher.translate import mpirun, slurm
+from memlaunch.launcher.translate import slurm
 
 if TYPE_CHECKING:
     from memlaunch.launcher.resolve import ResolvedJob
@@ -59,8 +59,7 @@ def run(
     elif by_slurm and not slurm_job.inside():
         code = submit(folder, document, wait=wait)
     else:
-        stop = mpirun.STOP if resolved.job.cluster.launcher == "mpirun" else signal.SIGTERM
-        code = follow(["bash", str(folder.command)], folder, document, stop)
+        code = follow(["bash", str(folder.command)], folder, document)
     print(folder.path)
     return code
 
@@ -107,12 +106,12 @@ def submit_array(
     return folders
 
 
-def follow(argv: list[str], folder: "RunDir", document: "Document | None", stop: signal.Signals) -> int:
+def follow(argv: list[str], folder: "RunDir", document: "Document | None") -> int:
     """Run ``argv``, which starts the ranks of the run in ``folder``, to its end; the exit code.
 
     A mistake in the job that only a rank can find is shown where it stands in ``document``.
 
-    The first SIGINT, SIGTERM or SIGHUP asks the ranks to end, with ``stop``; the second ends them at once.
+    The first SIGINT, SIGTERM or SIGHUP asks the ranks to stop, the second ends them at once.
     """
     environment = {**os.environ, rundir.ENVIRONMENT_VARIABLE: str(folder.path)}
     since = folder.events.stat().st_size if folder.events.exists() else 0
@@ -130,7 +129,7 @@ def follow(argv: list[str], folder: "RunDir", document: "Document | None", stop:
         with contextlib.ExitStack() as stack:
             stack.callback(_end_all, process)
             ask = _Interrupts(
-                lambda: folder.ask_to_stop(lambda: process.send_signal(stop)), lambda: _end_all(process)
+                lambda: folder.ask_to_stop(lambda: process.terminate()), lambda: _end_all(process)
             )
             interrupts = stack.enter_context(ask)
             monitor = stack.enter_context(Monitor(folder))

@@ -59,6 +59,10 @@ class Monitor:
         kind = event["event"]
         if kind == "started" and "script" in event:
             self.say(f"{event['script']} on {event['world_size']} rank(s)")
+        elif kind == "repeated":
+            self.say(f"it failed twice behind step {event['step']}, and would again")
+        elif kind == "restarted" and "because" in event:
+            self.say(f"{event['because']}; restarting, {event['left']} more times at most")
         elif kind == "resumed":
             self._resumed = event["step"]
             self.say(f"goes on behind step {self._resumed}")

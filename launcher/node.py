@@ -82,7 +82,7 @@ class Guard:
         return self
 
     def __exit__(self, *error: object) -> None:
-        _end_children()
+        end_descendants()
 
     def run(
         self,
@@ -91,14 +91,14 @@ class Guard:
         *,
         folder: str | None = None,
         stop: Callable[[], bool] = lambda: False,
-        give_up: Callable[[], bool] = lambda: False,
+        give_up: Callable[[], int] = lambda: 0,
     ) -> int:
         """Run ``command`` to its end; its exit status, or minus the signal that ended it.
 
         Args:
             folder: where it runs; default: here.
             stop: looked at all the time; true once when the command is to be asked to stop.
-            give_up: looked at all the time; true when the command is to be killed.
+            give_up: looked at all the time; a signal that is to end the command, or 0.
 
         Raises:
             Stopped: everything is to end, the command too.
@@ -120,8 +120,8 @@ class Guard:
             if self._pass_on:
                 self._pass_on = False
                 process.terminate()
-            if give_up():
-                process.kill()
+            if number := give_up():
+                process.send_signal(number)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(TURN)
         return process.returncode
@@ -168,8 +168,8 @@ class _Leash:
             raise Stopped
 
 
-def _end_children() -> None:
-    """Kill every descendant, those that appear meanwhile too."""
+def end_descendants() -> None:
+    """Kill every descendant of this process, those that appear meanwhile too."""
     while children := psutil.Process().children(recursive=True):
         for child in children:
             with contextlib.suppress(psutil.NoSuchProcess):

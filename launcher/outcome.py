@@ -1,19 +1,12 @@
-"""How a run ended: what its events say, in an exit code and in words.
+"""How a run ended: what its events say, in an exit code and in words."""
 
-``python -m memlaunch.launcher.outcome STATUS [SINCE]`` does it for a script that has started the ranks of the
-run in ``MEMLAUNCH_RUN_DIR`` and has seen them end with STATUS; SINCE is the size of the events before.
-"""
-
-import os
-import signal
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memlaunch.launcher import errors
 from memlaunch.launcher.errors import EXIT_FAILED, EXIT_LAUNCH, EXIT_STOPPED
-from memlaunch.launcher.rundir import ENVIRONMENT_VARIABLE, RunDir, read_lines
+from memlaunch.launcher.rundir import RunDir, read_lines
 
 if TYPE_CHECKING:
     from memlaunch.launcher.source import Document
@@ -32,11 +25,13 @@ class Outcome:
         code: the exit code.
         failure: the event of the rank that failed first, where one said so.
         lost: the event of a host that was not reached, or was lost.
+        preempted: whether it was the system that asked them to stop.
     """
 
     code: int
     failure: Event | None = None
     lost: Event | None = None
+    preempted: bool = False
 
 
 def of(folder: RunDir, status: int, since: int = 0) -> Outcome:
@@ -45,7 +40,7 @@ def of(folder: RunDir, status: int, since: int = 0) -> Outcome:
     Args:
         since: byte of the events behind which those of this launch stand.
     """
-    events = [event for event, _ in read_lines(folder.events, since)]
+    events = _last_attempt([event for event, _ in read_lines(folder.events, since)])
     kinds = {event["event"] for event in events}
     failure = culprit([event for event in events if event["event"] == "failed"])
     lost = next((event for event in events if event["event"] == "lost"), None)
@@ -54,9 +49,14 @@ def of(folder: RunDir, status: int, since: int = 0) -> Outcome:
     if status == 0 or ("finished" in kinds and not lost):
         return Outcome(0)
     if kinds & {"stopped", "preempted"} or folder.stop.exists():
-        return Outcome(EXIT_STOPPED)
+        return Outcome(EXIT_STOPPED, preempted="preempted" in kinds)
     began = "started" in kinds and (lost is None or lost["reached"])
     return Outcome(EXIT_FAILED if began else EXIT_LAUNCH, lost=lost)
+
+
+def _last_attempt(events: list[Event]) -> list[Event]:
+    again = [number for number, event in enumerate(events) if event["event"] == "restarted"]
+    return events[again[-1] :] if again else events
 
 
 def culprit(failures: list[Event]) -> Event | None:
@@ -90,6 +90,15 @@ def explain(outcome: Outcome, folder: RunDir, document: "Document | None" = None
     return f"{said}\n{tail(log)}" if "status" in failure else f"{said}\nlog: {log}"
 
 
+def summary(outcome: Outcome) -> str:
+    """What ended the run, in a line."""
+    if (failure := outcome.failure) is not None:
+        return f"rank {failure['rank']} on {failure['host']}: {failure['message']}"
+    if outcome.lost is not None:
+        return f"{outcome.lost['host']} was lost"
+    return "the ranks ended without saying why"
+
+
 def tail(log: Path, lines: int = TAIL) -> str:
     """The end of ``log``, under a line that names it."""
     if not log.exists():
@@ -107,19 +116,3 @@ def _without_a_word(outcome: Outcome, folder: RunDir) -> str:
         said = "error: the ranks did not start"
     logs = [folder.rank_log(0), folder.launcher_log, *sorted(folder.logs.glob("slurm-*.log"))[-1:]]
     return "\n".join([said, *(tail(log, 2 * TAIL) for log in logs if log.exists())])
-
-
-def main() -> int:
-    """Say on stderr how the ranks ended; the exit code for it."""
-    status, since = int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0
-    folder = RunDir(Path(os.environ[ENVIRONMENT_VARIABLE]))
-    outcome = of(folder, status, since)
-    if outcome.code == EXIT_LAUNCH and status > 128 and status - 128 in (signal.SIGTERM, signal.SIGINT):
-        outcome = Outcome(EXIT_STOPPED)
-    if outcome.code not in (0, EXIT_STOPPED):
-        print(explain(outcome, folder), file=sys.stderr)
-    return outcome.code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -23,6 +23,13 @@ from memlaunch.launcher.rundir import ENVIRONMENT_VARIABLE, RunDir, read_lines
 
 WORKER = "memlaunch.launcher.worker"
 
+#: Seconds between two looks at whether the ranks hang, and between the two signals that end one that does.
+HANG_TURN = 2.0
+HUNG = (
+    "made no step for too long, and was ended",
+    "the stacks of its threads are in its log; `cluster.hang_timeout` is the limit",
+)
+
 #: Seconds after SIGTERM in which mpirun leaves us be; then it kills us, and what we guard would stay.
 PATIENCE = 2.0
 
@@ -31,7 +38,7 @@ def main() -> int:
     """Run the rank to its end; its exit status, or 128 plus the signal that ended it."""
     folder = RunDir(Path(os.environ[ENVIRONMENT_VARIABLE]))
     with Guard() as guard, contextlib.ExitStack() as stack:
-        environment = dict(os.environ)
+        environment = {**os.environ, "PYTHONFAULTHANDLER": "1"}
         meeting = None
         if "RANK" not in environment:
             try:
@@ -40,7 +47,7 @@ def main() -> int:
                 if error.rank == 0:
                     _say_failed(folder, 0, EXIT_LAUNCH, str(error), error.hint)
                 return EXIT_LAUNCH
-            environment = meeting.environment
+            environment |= meeting.environment
         status = _run(folder, guard, environment, PATIENCE if meeting is not None else math.inf)
         if meeting is not None:
             meeting.whole = status == 0
@@ -63,28 +70,51 @@ def _run(folder: RunDir, guard: Guard, environment: dict[str, str], patience: fl
         if rank == 0:
             size = int(environment["WORLD_SIZE"])
             folder.append_event("started", script=script["path"], world_size=size)
+    verdict = _Verdict(guard, folder, since, patience)
     try:
         status = guard.run(
             command,
             environment,
             folder=script and script["folder"],
-            give_up=lambda: _gives_up(guard, folder, since, patience),
+            give_up=verdict,
         )
     except Stopped:
         return -signal.SIGHUP
     if status not in (0, EXIT_STOPPED) and not guard.asked and rank not in _failed(folder, since):
-        how, hint = _how(status)
+        how, hint = HUNG if verdict.hangs else _how(status)
         _say_failed(folder, rank, EXIT_FAILED, how, hint, status=status)
     elif not status and rank == 0 and script is not None:
         folder.append_event("finished")
     return status
 
 
-def _gives_up(guard: Guard, folder: RunDir, since: int, patience: float) -> bool:
-    """Whether work that was asked to stop is to be killed: it may wait for one that has failed."""
-    if guard.terminated is not None and time.monotonic() - guard.terminated > patience:
-        return True
-    return guard.asked and _failed(folder, since) != set()
+class _Verdict:
+    """Whether the work is to be ended, and with what signal.
+
+    ``hangs`` is whether that was because the ranks made no step for too long.
+    """
+
+    def __init__(self, guard: Guard, folder: RunDir, since: int, patience: float) -> None:
+        self.hangs = False
+        self._guard = guard
+        self._folder = folder
+        self._since = since
+        self._patience = patience
+        self._looked = time.monotonic()
+
+    def __call__(self) -> int:
+        now = time.monotonic()
+        if self._guard.terminated is not None and now - self._guard.terminated > self._patience:
+            return signal.SIGKILL
+        if self._guard.asked:  # it may wait for ever for a rank that has failed
+            return signal.SIGKILL if _failed(self._folder, self._since) else 0
+        if now - self._looked < HANG_TURN:
+            return 0
+        self._looked = now
+        if self.hangs:
+            return signal.SIGKILL
+        self.hangs = self._folder.hang.exists()
+        return signal.SIGABRT if self.hangs else 0  # Python then writes down the stacks of all threads
 
 
 def _failed(folder: RunDir, since: int) -> set[int]:

@@ -93,6 +93,11 @@ class RunDir:
         return self.path / "stop"
 
     @property
+    def hang(self) -> Path:
+        """A file that says that the ranks hang, and are to be ended."""
+        return self.path / "hang"
+
+    @property
     def writer(self) -> Path:
         """Locked by the main rank while the run goes on; says who that is."""
         return self.path / "writer"
@@ -107,6 +112,10 @@ class RunDir:
     def append_event(self, event: str, **details: Any) -> None:
         """Add a line to ``events.jsonl``: the event, the time (seconds since 1970), and its details."""
         _append(self.events, {"event": event, "time": round(time.time(), 3), **details})
+
+    def last_step(self) -> int:
+        """The last optimizer step that ``metrics.jsonl`` tells of; 0 before the first."""
+        return max((line["step"] for line, _ in read_lines(self.metrics)), default=0)
 
     def ended(self) -> bool:
         """Whether the run came to its end: its last attempt finished."""

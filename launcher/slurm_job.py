@@ -107,6 +107,11 @@ def end(job: str) -> None:
     _ask("scancel", "--quiet", job)
 
 
+def requeue(job: str) -> None:
+    """Put a job that runs back into the queue."""
+    _ask("scontrol", "requeue", job)
+
+
 def _ask(*argv: str) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(argv, capture_output=True, text=True, check=False, timeout=LIMIT)

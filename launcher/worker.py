@@ -58,7 +58,7 @@ def _explain(error: BaseException) -> tuple[int, dict[str, str]]:
         return EXIT_MEMORY, {"message": message, "hint": hint}
     if isinstance(error, TrainingFailed):
         return EXIT_FAILED, {"message": message, "hint": error.hint}
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if any(os.strerror(number) in message for number in (errno.ENOSPC, errno.EDQUOT)):
         return EXIT_FAILED, {"message": message, "hint": "make room, and go on with `--resume auto`"}
     return EXIT_FAILED, {
         "message": f"{type(error).__name__}: {message}",

@@ -192,7 +192,6 @@ MULTINODE = """\
 set -euo pipefail
 
 : "${MEMLAUNCH_RUN_DIR:?names the run folder; command.sh sets it}"
-before="$(stat --format=%s "$MEMLAUNCH_RUN_DIR/events.jsonl" 2>/dev/null || echo 0)"
 
 # The ranks meet on the first node, at a port that was found free there.
 MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
@@ -202,21 +201,9 @@ export MASTER_ADDR MASTER_PORT
 
 # One task a node, which starts the ranks of the node. A step inherits neither the processors that were asked
 # for nor, after --export, the environment. When one task fails, the others are ended.
-srun --export=ALL --overlap --nodes=2 --ntasks-per-node=1 --cpus-per-task=8 --kill-on-bad-exit=1 --wait=60 \\
-    bash "$MEMLAUNCH_RUN_DIR/launch/node.sh" &
-step=$!
-
-# A request to stop is handed on to the ranks.
-trap 'kill -TERM "$step" 2>/dev/null' TERM INT
-status=0
-wait "$step" || status=$?
-while kill -0 "$step" 2>/dev/null; do
-    status=0
-    wait "$step" || status=$?
-done
-
-# The status of a step is that of torchrun, 1; what became of the run stands in its events.
-exec /opt/python -m memlaunch.launcher.outcome "$status" "$before"
+exec /opt/python -m memlaunch.launcher.attempts \\
+    srun --export=ALL --overlap --nodes=2 --ntasks-per-node=1 --cpus-per-task=8 \\
+    --kill-on-bad-exit=1 --wait=60 bash "$MEMLAUNCH_RUN_DIR/launch/node.sh"
 """
 
 
@@ -265,7 +252,7 @@ def test_an_array_and_a_preemptible_job() -> None:
     assert "runs=(\n    '/a b'\n    '/it'\"'\"'s'\n    /c\n)\n" in array
     preemptible = render("preemptible", {"signal": "TERM@300"})
     assert preemptible.index("--signal=TERM@120") < preemptible.index("--signal=TERM@300")
-    assert "if ((outcome == 75)); then\n    scontrol requeue" in preemptible
+    assert "exec /opt/python -m memlaunch.launcher.attempts --requeue \\\n" in preemptible
 
 
 def test_a_template_of_the_users(tmp_path: Path) -> None:

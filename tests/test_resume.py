@@ -166,8 +166,9 @@ WAYS = [
 TORCH = Way(dropout=0.0)
 ZERO = [Way("deepspeed", stage, dropout=0.0) for stage in range(4)]
 MOVES = [
-    Move(ZERO[2], 2, ZERO[3], 2),
     Move(TORCH, 2, ZERO[1], 2),
+    Move(TORCH, 2, ZERO[3], 2),
+    Move(ZERO[2], 2, ZERO[3], 2),
     Move(TORCH, 2, TORCH, 1),
     Move(TORCH, 1, TORCH, 4),
     Move(ZERO[3], 2, ZERO[1], 1),
@@ -228,7 +229,7 @@ def differences(whole: RunDir, run: RunDir, exactly: bool) -> Iterator[str]:
 def test_a_sample_goes_on_bit_for_bit_or_elsewhere_with_the_same_losses(
     subject: dict[float, Path], tmp_path: Path
 ) -> None:
-    check(subject, [*(stay(way, 2) for way in WAYS[:3]), *MOVES[:2]], tmp_path)
+    check(subject, [*(stay(way, 2) for way in WAYS[:2]), *MOVES[:2]], tmp_path)
 
 
 @pytest.mark.long

@@ -12,13 +12,16 @@ from memlaunch.launcher.translate.shell import Raw
 if TYPE_CHECKING:
     from memlaunch.launcher.resolve import ResolvedJob
 
-_NODE = 'exec bash "$MEMLAUNCH_RUN_DIR/launch/node.sh"'
+#: Starts ``node.sh`` on this machine.
+NODE = ("bash", Raw('"$MEMLAUNCH_RUN_DIR/launch/node.sh"'))
 
 
 def on_this_machine(resolved: "ResolvedJob", python: str, command: Sequence[str]) -> dict[str, str]:
     """``command.sh`` and ``node.sh``, which runs ``command``."""
     return {
-        "command.sh": shell.start_script(about=about(resolved), python=python, body=[_NODE]),
+        "command.sh": shell.start_script(
+            about=about(resolved), python=python, body=[f"exec {shell.join([*attempts(python), *NODE])}"]
+        ),
         "node.sh": node(resolved, [*guard(python), *command]),
     }
 
@@ -30,6 +33,7 @@ def on_each(resolved: "ResolvedJob", python: str, command: Sequence[str]) -> dic
     """
     cluster = resolved.job.cluster
     start = [
+        *attempts(python),
         *(python, "-m", "memlaunch.launcher.fanout"),
         *(f"--pass-env={name}" for name in cluster.pass_env),
         *(f"--ssh-option={option}" for option in cluster.ssh_options),
@@ -57,6 +61,11 @@ def node(
         setup=cluster.setup,
         before=_by_host(resolved.hosts),
     )
+
+
+def attempts(python: str) -> list[str]:
+    """What stands before a command that starts all ranks of a run, to start them again where that helps."""
+    return [python, "-m", "memlaunch.launcher.attempts"]
 
 
 def guard(python: str) -> list[str]:

@@ -1,6 +1,5 @@
 """A resolved job under MPI: the command line of Open MPI's mpirun, and of MPICH's and its relatives'."""
 
-import signal
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -15,9 +14,6 @@ if TYPE_CHECKING:
 
 Kind = Literal["openmpi", "mpich"]
 
-#: What asks the ranks to stop: mpirun hands it on, where it takes SIGTERM as the end.
-STOP = signal.SIGUSR2
-
 #: How each tells ``--version``, as patterns of bash.
 VERSIONS: dict[Kind, str] = {
     "openmpi": '*"Open MPI"*|*OpenRTE*',
@@ -31,11 +27,10 @@ _PASSED = Raw('"${pass[@]}"')
 def files(resolved: "ResolvedJob", python: str) -> dict[str, str]:
     """``command.sh``, ``node.sh`` and, where the job names hosts, ``hostfile``."""
     cluster = resolved.job.cluster
-    command = ["bash", Raw('"$MEMLAUNCH_RUN_DIR/launch/node.sh"')]
     starts = {
         kind: argv(
             kind,
-            command,
+            scripts.NODE,
             ranks=resolved.world_size,
             per_node=resolved.layout.per_node,
             hosts=resolved.hosts,
@@ -52,7 +47,7 @@ def files(resolved: "ResolvedJob", python: str) -> dict[str, str]:
             for line in (
                 f"    {pattern})",
                 *(f"        {line}" for line in _passed(kind, cluster.pass_env)),
-                f"        exec {shell.join(starts[kind])} ;;",
+                f"        exec {shell.join([*scripts.attempts(python), *starts[kind]])} ;;",
             )
         ),
         "esac",

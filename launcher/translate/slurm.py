@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 from pydantic import AfterValidator, Field
 
-from memlaunch.launcher.errors import EXIT_STOPPED
 from memlaunch.launcher.translate import hosts, shell, torchrun
 from memlaunch.launcher.translate.shell import Raw
 from memlaunch.strategies.settings import Settings
@@ -264,7 +263,7 @@ def script(
             cpus=f" --cpus-per-task={cpus}" if cpus else "",
             options=[*options, *settings.options()],
             runs=list(runs),
-            stopped=EXIT_STOPPED,
+            attempts=shell.join(hosts.attempts(python)),
         )
     except jinja2.TemplateError as error:
         where = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
