@@ -10,7 +10,7 @@ PACKAGES := launcher strategies deploy
 # DeepSpeed compiles its operators when they are first used, and finds ninja by name.
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help install quickstart test lint types check coverage matrix testbed test-cluster clean
+.PHONY: help install quickstart test lint types check coverage matrix kill-matrix testbed test-cluster clean
 
 help:  ## show the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -53,12 +53,15 @@ coverage: $(STAMP)  ## the tests, with the lines they miss, worker processes inc
 matrix: $(STAMP)  ## the whole equivalence matrix, of which `make test` runs a sample
 	$(BIN)/pytest -m long
 
+kill-matrix: $(STAMP)  ## everything that can be killed, at random steps; most of an hour, as root
+	$(BIN)/pytest -m kills -rP tests/test_kill_matrix.py tests/cluster/test_node_cut.py
+
 testbed:  ## the Debian packages that a test cluster needs; as root
 	apt-get update -qq
 	apt-get install -qq -y --no-install-recommends slurm-wlm munge openmpi-bin pdsh openssh-server iproute2
 
 test-cluster: $(STAMP)  ## the tests on a real two-node cluster of this machine; as root
-	$(BIN)/pytest -m cluster tests/cluster
+	$(BIN)/pytest -m "cluster and not kills" tests/cluster
 
 clean:  ## remove what the targets made, less the run folders
 	rm -rf $(VENV) .typing .hypothesis .mypy_cache .pytest_cache .ruff_cache .coverage .coverage.* htmlcov build

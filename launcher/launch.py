@@ -77,9 +77,10 @@ def submit(folder: "RunDir", document: "Document | None" = None, *, wait: bool =
     Raises:
         UserError: SLURM does not take the job.
     """
+    since = folder.events.stat().st_size if folder.events.exists() else 0
     job = slurm_job.submit(folder)
     print(f"submitted as job {job}", file=sys.stderr)
-    return follow_job(job, folder, document) if wait else 0
+    return follow_job(job, folder, document, since) if wait else 0
 
 
 def submit_array(
@@ -142,8 +143,10 @@ def follow(argv: list[str], folder: "RunDir", document: "Document | None") -> in
     return _conclude(ended, folder, document, interrupts.count)
 
 
-def follow_job(job: str, folder: "RunDir", document: "Document | None") -> int:
+def follow_job(job: str, folder: "RunDir", document: "Document | None", since: int) -> int:
     """Follow the SLURM job of a run to its end; the exit code.
+
+    ``since``: byte of the events behind which those of this job stand.
 
     The first SIGINT, SIGTERM or SIGHUP asks the ranks to stop, the second cancels the job.
     """
@@ -175,7 +178,7 @@ def follow_job(job: str, folder: "RunDir", document: "Document | None") -> int:
     if state in slurm_job.TAKEN_AWAY and not interrupts.count:
         print(f"SLURM ended the job: {state.lower()}", file=sys.stderr)
         return EXIT_STOPPED
-    ended = outcome.of(folder, 0 if state in (None, "COMPLETED") else 1)
+    ended = outcome.of(folder, 0 if state in (None, "COMPLETED") else 1, since)
     return _conclude(ended, folder, document, interrupts.count)
 
 

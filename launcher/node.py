@@ -15,13 +15,18 @@ import json
 import os
 import selectors
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import psutil
+
+from memlaunch.launcher.rundir import ENVIRONMENT_VARIABLE, RunDir
 
 #: Seconds between two signs of life on the leash, and without one until the other end is taken for dead.
 HEARTBEAT = 5.0
@@ -53,12 +58,20 @@ def main() -> int:
                 {**os.environ, **(leash.environment if leash else {})},
                 stop=lambda: leash is not None and leash.listen(),
             )
+            if status and leash is None:
+                _tell("ended by request" if guard.asked else "ended", status=status)
         except Stopped:
             return 128 + signal.SIGHUP
         except OSError as error:
             print(f"{command[0]}: {error.strerror}", file=sys.stderr)
             return 127
     return status if status >= 0 else 128 - status
+
+
+def _tell(event: str, **details: Any) -> None:
+    """Write into the events of the run, if this is one, how the ranks of this node ended."""
+    if folder := os.environ.get(ENVIRONMENT_VARIABLE):
+        RunDir(Path(folder)).append_event(event, host=socket.gethostname(), **details)
 
 
 class Guard:

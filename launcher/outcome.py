@@ -48,8 +48,11 @@ def of(folder: RunDir, status: int, since: int = 0) -> Outcome:
         return Outcome(int(failure["exit_code"]), failure, lost)
     if status == 0 or ("finished" in kinds and not lost):
         return Outcome(0)
-    if kinds & {"stopped", "preempted"} or folder.stop.exists():
-        return Outcome(EXIT_STOPPED, preempted="preempted" in kinds)
+    # Ranks that do not train yet end at a request without a word of their own.
+    at_once = "ended by request" in kinds and "ended" not in kinds
+    if kinds & {"stopped", "preempted"} or folder.stop.exists() or at_once:
+        by_hand = "stopped" in kinds or folder.stop.exists()
+        return Outcome(EXIT_STOPPED, preempted=not by_hand)
     began = "started" in kinds and (lost is None or lost["reached"])
     return Outcome(EXIT_FAILED if began else EXIT_LAUNCH, lost=lost)
 

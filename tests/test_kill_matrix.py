@@ -1,6 +1,7 @@
 """Whatever is killed, and whenever: the run goes on from its last checkpoint and ends as if nothing had been.
 
-``pytest -m long tests/test_kill_matrix.py`` runs every case; the ordinary run a sample.
+``make kill-matrix`` runs every case; the ordinary run a sample. What a node does that is cut off is in
+``tests/cluster/test_node_cut.py``.
 """
 
 import json
@@ -246,7 +247,7 @@ def test_a_sample_of_the_disturbed_runs_ends_as_if_nothing_had_been(model: Path,
     check_all(SAMPLE, model, tmp_path)
 
 
-@pytest.mark.long
+@pytest.mark.kills
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_disturbed_run_ends_as_if_nothing_had_been(model: Path, strategy: str, tmp_path: Path) -> None:
     check_all([case for case in CASES if case.strategy == strategy], model, tmp_path)

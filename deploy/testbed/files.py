@@ -57,6 +57,7 @@ def slurm_conf(head: str, nodes: Sequence[str], state: str) -> str:
 ClusterName=testbed
 SlurmctldHost={head}
 AuthType=auth/munge
+AuthInfo=cred_expire=5
 CredType=cred/munge
 SlurmUser=root
 SlurmdUser=root
