@@ -167,6 +167,7 @@ def translate(
         raise UserError(f"the folder `{out}` holds other files", "name a new or an empty folder for `--out`")
     out.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
+        (out / name).touch(mode=0o600)  # the environment of the job is among it
         (out / name).write_text(text, encoding="utf-8")
         print(out / name)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -51,6 +52,8 @@ def run(
     if by_slurm and slurm_job.inside() and not slurm_job.is_first_task():
         print("the first task of the step starts the ranks", file=sys.stderr)
         return 0
+    if (script := resolved.job.script) is not None:
+        print(f"every rank runs {shlex.join([script.path, *script.args])}", file=sys.stderr)
     resumed = resume.prepare(resolved, document, go_on, force)
     folder = resumed.folder if resumed is not None else create(resolved, document)
     if resumed is not None and resumed.done:
