@@ -1,0 +1,210 @@
+"""A plan as one JSON object, and as text."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from memlaunch.launcher.plan import overheads
+from memlaunch.launcher.plan.search import (
+    ACCUMULATION,
+    CHECKPOINTING,
+    CHOICES,
+    ENGINE,
+    MICRO_BATCH,
+    OPTIMIZER,
+    PARAMETERS,
+    STAGE,
+    Candidate,
+    Found,
+    Question,
+    changed,
+    explore,
+)
+from memlaunch.launcher.plan.traces import Tracer
+
+GIB = 1 << 30
+
+#: What to change where nothing fits, the least first; what stands together is changed together.
+RELAXATIONS: tuple[frozenset[str], ...] = (
+    frozenset({MICRO_BATCH, ACCUMULATION}),
+    frozenset({CHECKPOINTING}),
+    frozenset({ENGINE, STAGE}),
+    frozenset({MICRO_BATCH, ACCUMULATION, CHECKPOINTING}),
+    frozenset({ENGINE, STAGE, CHECKPOINTING}),
+    frozenset({MICRO_BATCH, ACCUMULATION, ENGINE, STAGE, CHECKPOINTING}),
+    frozenset({ENGINE, STAGE, OPTIMIZER}),
+    frozenset({MICRO_BATCH, ACCUMULATION, ENGINE, STAGE, CHECKPOINTING, OPTIMIZER, PARAMETERS}),
+)
+#: How many ways out are shown.
+WAYS_OUT = 3
+
+
+def to_dict(question: Question, found: Found, ways_out: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+    """``plan.json``."""
+    winner, gpu = found.winner, question.machines.gpu
+    trace = winner.trace
+    return {
+        "fits": found.fits,
+        "gpu": gpu.name,
+        "gpu_memory_bytes": gpu.memory_bytes,
+        "usable_memory_bytes": question.room,
+        "world_size": question.machines.ranks,
+        "peak_allocated_bytes": winner.allocated,
+        "peak_reserved_bytes": winner.reserved,
+        "breakdown": breakdown(question, winner),
+        "moment": trace and trace["moment"],
+        "holders": trace and trace["holders"],
+        "host_memory_bytes": _host(question, winner),
+        "step_seconds": winner.seconds,
+        "chosen": [
+            {"key": key, "value": value, "why": why(question, found, key)}
+            for key, value in sorted(winner.changes.items())
+        ],
+        "candidates": [_figures(question, candidate) for candidate in found.candidates],
+        "changes_that_fit": list(ways_out),
+    }
+
+
+def breakdown(question: Question, candidate: Candidate) -> dict[str, int]:
+    """Name -> bytes of a GPU at the peak; empty for a candidate that was not traced as a whole."""
+    if candidate.trace is None:
+        return {}
+    rows = {row.cause: row.size(question.circumstances) for row in overheads.OVERHEADS}
+    fragmentation = candidate.reserved - candidate.allocated
+    return {**candidate.trace["breakdown"], "fragmentation": fragmentation, **rows}
+
+
+def why(question: Question, found: Found, key: str) -> str:
+    """Why ``key`` has the value that it has, in a sentence."""
+    winner, others = found.winner, found.candidates
+    if not found.fits:
+        return "of all candidates it needs the least memory, and does not fit"
+    if key in (MICRO_BATCH, ACCUMULATION):
+        size = winner.changes.get(MICRO_BATCH)
+        larger = [
+            c
+            for c in others
+            if size is not None and _like(c, winner) and c.changes.get(MICRO_BATCH, 0) > size
+        ]
+        tight = [c for c in larger if c.total > question.room]
+        if tight:
+            least = min(tight, key=lambda c: c.total)
+            more = least.changes[MICRO_BATCH]
+            return f"{more} samples would need {_gib(least.total)} of {_gib(question.room)}"
+        return "larger ones are no faster" if larger else "it is all of a rank's share of the global batch"
+    value = winner.changes[key]
+    simplest = CHOICES[key][0]
+    if value == simplest:
+        return "the simplest, and nothing that fits is faster"
+    simpler = [c for c in others if CHOICES[key].index(c.changes[key]) < CHOICES[key].index(value)]
+    if not simpler:
+        return "what is simpler cannot fit, by its parameters and states alone"
+    fitting = [c for c in simpler if c.total <= question.room]
+    if not fitting:
+        least = min(simpler, key=lambda c: c.total)
+        return f"with `{least.changes[key]}` it needs at least {_gib(least.total)} of {_gib(question.room)}"
+    fastest = min(fitting, key=lambda c: c.seconds)
+    slower = 100 * (fastest.seconds / winner.seconds - 1)
+    return f"with `{fastest.changes[key]}` a step would take {slower:.0f} % longer"
+
+
+def ways_out(question: Question, tracer: Tracer) -> list[dict[str, Any]]:
+    """Up to three sets of changes to a job that does not fit, the smallest first, by estimates."""
+    shown: list[dict[str, Any]] = []
+    for keys in RELAXATIONS:
+        relaxed = Question(
+            question.job, question.open | keys, question.shape, question.machines, question.expandable
+        )
+        fitting = [c for c in explore(relaxed, tracer) if c.total <= question.room]
+        if fitting:
+            best = min(fitting, key=lambda c: (len(_differences(question, c)), c.seconds))
+            changes = _differences(question, best)
+            if changes and all(changes.items() != way["changes"].items() for way in shown):
+                shown.append({"changes": changes, "memory_bytes": best.total, "step_seconds": best.seconds})
+        if len(shown) == WAYS_OUT:
+            break
+    return shown
+
+
+def text(plan: Mapping[str, Any]) -> str:
+    """A plan for people."""
+    verdict = "fits" if plan["fits"] else "does not fit"
+    memory, room = plan["peak_reserved_bytes"], plan["usable_memory_bytes"]
+    outside = sum(plan["breakdown"].get(row.cause, 0) for row in overheads.OVERHEADS if not row.reserved)
+    lines = [
+        f"{verdict}: {_gib(memory + outside)} of the {_gib(room)} that may be used of each {plan['gpu']} "
+        f"({plan['world_size']} in all), about {plan['step_seconds']:.3g} s a step",
+        f"host memory: {_gib(plan['host_memory_bytes'])} a machine",
+    ]
+    if plan["moment"]:
+        at = plan["moment"]
+        lines += ["", f"the peak is in the {at['phase']} pass, at {at['op']}:"]
+        parts = sorted(plan["breakdown"].items(), key=lambda part: -part[1])
+        lines += _columns([name.replace("_", " "), _gib(size)] for name, size in parts if size)
+    if plan["chosen"]:
+        lines += ["", "chosen:"]
+        lines += [f"  {choice['key']} = {choice['value']}: {choice['why']}" for choice in plan["chosen"]]
+    if plan["changes_that_fit"]:
+        lines += ["", "what would fit:"]
+        for way in plan["changes_that_fit"]:
+            sets = ", ".join(f"{key}={value}" for key, value in way["changes"].items())
+            lines.append(f"  {sets}: {_gib(way['memory_bytes'])}")
+    if len(plan["candidates"]) > 1:
+        keys = [key for key in plan["candidates"][0]["changes"] if len(_values(plan, key)) > 1]
+        header = [*(key.rsplit(".", 1)[-1] if key != CHECKPOINTING else "checkpointing" for key in keys)]
+        rows = [[*header, "memory", "s a step", ""]]
+        for one in plan["candidates"]:
+            cells = [str(one["changes"][key]) for key in keys]
+            mark = "" if one["fits"] else "does not fit"
+            rows.append([*cells, _gib(one["memory_bytes"]), f"{one['step_seconds']:.3g}", mark])
+        lines += ["", "candidates, the fastest first:", *_columns(rows)]
+    return "\n".join(lines)
+
+
+def _values(plan: Mapping[str, Any], key: str) -> set[str]:
+    return {str(one["changes"][key]) for one in plan["candidates"]}
+
+
+def _figures(question: Question, candidate: Candidate) -> dict[str, Any]:
+    return {
+        "changes": candidate.changes,
+        "fits": candidate.total <= question.room,
+        "peak_allocated_bytes": candidate.allocated,
+        "peak_reserved_bytes": candidate.reserved,
+        "memory_bytes": candidate.total,
+        "host_memory_bytes": _host(question, candidate),
+        "step_seconds": candidate.seconds,
+        "traced": candidate.trace is not None,
+    }
+
+
+def _host(question: Question, candidate: Candidate) -> int:
+    """Of one machine: each rank builds the whole model in fp32 first, and keeps there what is offloaded."""
+    parameters = (question.shape.get("parameters") or (0, 0))[0]
+    return question.machines.per_node * max(4 * int(parameters), candidate.host)
+
+
+def _like(candidate: Candidate, other: Candidate) -> bool:
+    return all(candidate.changes.get(key) == other.changes.get(key) for key in CHOICES)
+
+
+def _differences(question: Question, candidate: Candidate) -> dict[str, Any]:
+    """What a candidate changes in the job; the accumulation follows from the micro-batch and is left out."""
+    different = {}
+    for key, value in candidate.changes.items():
+        if (
+            key != ACCUMULATION
+            and key not in question.open
+            and changed(question.job, {key: value}) != question.job
+        ):
+            different[key] = value
+    return different
+
+
+def _columns(rows: Iterable[Sequence[str]]) -> list[str]:
+    table = [list(row) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return ["  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in table]
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / (1 << 20):.0f} MiB"
