@@ -38,7 +38,7 @@ def main() -> int:
     """Run the rank to its end; its exit status, or 128 plus the signal that ended it."""
     folder = RunDir(Path(os.environ[ENVIRONMENT_VARIABLE]))
     with Guard() as guard, contextlib.ExitStack() as stack:
-        environment = {**os.environ, "PYTHONFAULTHANDLER": "1"}
+        environment = dict(os.environ)
         meeting = None
         if "RANK" not in environment:
             try:
@@ -47,7 +47,7 @@ def main() -> int:
                 if error.rank == 0:
                     _say_failed(folder, 0, EXIT_LAUNCH, str(error), error.hint)
                 return EXIT_LAUNCH
-            environment |= meeting.environment
+            environment = meeting.environment
         status = _run(folder, guard, environment, PATIENCE if meeting is not None else math.inf)
         if meeting is not None:
             meeting.whole = status == 0
@@ -74,7 +74,7 @@ def _run(folder: RunDir, guard: Guard, environment: dict[str, str], patience: fl
     try:
         status = guard.run(
             command,
-            environment,
+            {**environment, "PYTHONFAULTHANDLER": "1"},
             folder=script and script["folder"],
             give_up=verdict,
         )

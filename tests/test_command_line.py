@@ -190,13 +190,13 @@ def test_the_exit_code_of_a_run_is_the_launcher_s(memlaunch: Run, monkeypatch: p
 
     started: list[Any] = []
 
-    def run(resolved: resolve.ResolvedJob, document: Document, *, wait: bool) -> int:
-        started.append((resolved.job.training.max_steps, document.name, wait))
+    def run(resolved: resolve.ResolvedJob, document: Document, **options: Any) -> int:
+        started.append((resolved.job.training.max_steps, document.name, options))
         return 5
 
     monkeypatch.setattr(launch, "run", run)
-    assert memlaunch("run", JOB, "--set", "training.max_steps=3", "--wait")[0] == 5
-    assert started == [(3, str(JOB), True)]
+    assert memlaunch("run", JOB, "--set", "training.max_steps=3", "--wait", "--force")[0] == 5
+    assert started == [(3, str(JOB), {"wait": True, "go_on": "never", "force": True})]
 
 
 def test_ctrl_c_is_exit_code_130(memlaunch: Run, monkeypatch: pytest.MonkeyPatch) -> None:
