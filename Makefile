@@ -10,10 +10,10 @@ PACKAGES := launcher strategies deploy
 # DeepSpeed compiles its operators when they are first used, and finds ninja by name.
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help install quickstart test lint types check coverage matrix kill-matrix testbed test-cluster clean
+.PHONY: help install quickstart test lint types check coverage matrix kill-matrix planner-matrix fuzz testbed test-cluster test-trackers clean
 
 help:  ## show the targets
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
 
 install: $(STAMP)  ## fill the virtual environment
 
@@ -54,14 +54,28 @@ matrix: $(STAMP)  ## the whole equivalence matrix, of which `make test` runs a s
 	$(BIN)/pytest -m long
 
 kill-matrix: $(STAMP)  ## everything that can be killed, at random steps; most of an hour, as root
-	$(BIN)/pytest -m kills -rP tests/test_kill_matrix.py tests/cluster/test_node_cut.py
+	$(BIN)/pytest -m hours -rP tests/test_kill_matrix.py tests/cluster/test_node_cut.py
+
+planner-matrix: $(STAMP)  ## the planner's choice against an exhaustive search; most of an hour
+	$(BIN)/pytest -m hours tests/test_plan_search.py
+
+fuzz: $(STAMP)  ## all mutated job files and hostfiles, of which `make test` tries a sample
+	$(BIN)/pytest -m hours -rP tests/test_fuzz.py
 
 testbed:  ## the Debian packages that a test cluster needs; as root
 	apt-get update -qq
 	apt-get install -qq -y --no-install-recommends slurm-wlm munge openmpi-bin pdsh openssh-server iproute2
 
 test-cluster: $(STAMP)  ## the tests on a real two-node cluster of this machine; as root
-	$(BIN)/pytest -m "cluster and not kills" tests/cluster
+	$(BIN)/pytest -m "cluster and not hours" tests/cluster
+
+# Not into the environment: DeepSpeed imports MLflow where there is one, which costs every rank a second.
+build/trackers: constraints.txt | $(STAMP)
+	$(BIN)/python -m pip install --quiet --upgrade --target $@ -c constraints.txt wandb mlflow-skinny
+	@touch $@
+
+test-trackers: $(STAMP) build/trackers  ## the tests on Weights & Biases and MLflow
+	PYTHONPATH=build/trackers MEMLAUNCH_REQUIRE_TRACKERS=1 $(BIN)/pytest tests/test_trackers.py
 
 clean:  ## remove what the targets made, less the run folders
 	rm -rf $(VENV) .typing .hypothesis .mypy_cache .pytest_cache .ruff_cache .coverage .coverage.* htmlcov build

@@ -11,7 +11,7 @@ from memlaunch.launcher.keys import KeyPath, closest, dotted
 from memlaunch.launcher.layout import Layout
 from memlaunch.launcher.paths import BadPath, beside, kind
 from memlaunch.launcher.scanner import kind_of
-from memlaunch.launcher.translate import slurm
+from memlaunch.launcher.translate import shell, slurm
 from memlaunch.strategies import TECHNIQUES, patterns
 from memlaunch.strategies.accumulation import Batch, BatchError
 from memlaunch.strategies.freezing import no_match
@@ -29,6 +29,13 @@ _OWN_VARIABLES = {
     "RANK": None,
     "WORLD_SIZE": None,
 }
+
+#: What bash keeps for itself: it refuses another value, or does not hand it on as it is.
+_BASH_VARIABLES = (
+    "BASHOPTS BASHPID BASH_ALIASES BASH_ARGC BASH_ARGV BASH_CMDS BASH_COMMAND BASH_COMPAT BASH_LINENO "
+    "BASH_SOURCE BASH_SUBSHELL BASH_VERSINFO BASH_XTRACEFD DIRSTACK EPOCHREALTIME EPOCHSECONDS EUID FUNCNAME "
+    "GROUPS HISTCMD LINENO OPTIND PIPESTATUS PPID RANDOM SECONDS SHELLOPTS SHLVL SRANDOM UID _"
+)
 
 #: Keys of a DeepSpeed config that other keys of the job stand for.
 _OWN_DEEPSPEED = {
@@ -60,17 +67,22 @@ _OWN_DEEPSPEED = {
 }
 
 #: Keys of a DeepSpeed config that change which ranks share data, or what a batch is, behind our back.
-_NOT_OURS = ("curriculum_learning", "data_efficiency", "elasticity", "hybrid_engine", "tensor_parallel")
+_NOT_OURS = (
+    "data_efficiency",
+    "expert_parallel",
+    "gradient_allreduce_op",
+    "hybrid_engine",
+    "tensor_parallel",
+)
 
 #: Other top-level keys of a DeepSpeed config, which accepts a misspelt one without a word.
 _DEEPSPEED = (
-    "aio autotuning checkpoint comms_logger communication_data_type compile compression_training "
-    "csv_monitor curriculum_learning data_efficiency dataloader_drop_last disable_allgather "
-    "disable_python_gc dump_state elasticity eigenvalue flops_profiler gradient_predivide_factor "
-    "graph_harvesting hybrid_engine log_level memory_breakdown pipeline prescale_gradients "
-    "progressive_layer_drop seq_parallel_communication_data_type sparse_attention sparse_gradients "
-    "steps_per_print tensor_parallel tensorboard timers use_data_before_expert_parallelism wandb "
-    "wall_clock_breakdown zero_optimization zenflow"
+    "aio autotuning checkpoint comet comms_logger communication_data_type compile csv_monitor "
+    "data_efficiency dataloader_drop_last disable_allgather disable_python_gc dump_state expert_parallel "
+    "flops_profiler gradient_allreduce_op gradient_predivide_factor hybrid_engine log_level "
+    "memory_breakdown pipeline prescale_gradients seq_parallel_communication_data_type steps_per_print "
+    "tensor_parallel tensorboard timers use_data_before_expert_parallelism wandb wall_clock_breakdown "
+    "zero_optimization"
 )
 
 _BATCH_KEYS = (
@@ -408,6 +420,9 @@ def _check_raw(raw: Mapping[str, Any]) -> Iterator[Conflict]:
     paths: list[KeyPath] = [(key,) for key in raw]
     if isinstance(zero, Mapping):
         paths += [("zero_optimization", key) for key in zero]
+    elif "zero_optimization" in raw:
+        key = "strategy.deepspeed.zero_optimization"
+        yield Conflict(key, f"it is {kind_of(zero)}, not an object", "use `strategy.zero`, and remove this")
     known = [*_DEEPSPEED.split(), *(key for key in _OWN_DEEPSPEED if "." not in key)]
     for path in paths:
         key = dotted(("strategy", "deepspeed", *path))
@@ -499,7 +514,8 @@ def _check_cluster(cluster: ClusterSection, layout: Layout, is_script: bool) -> 
     for name in ("include", "exclude"):
         if getattr(cluster, name) is not None and cluster.hostfile is None:
             yield Conflict(f"cluster.{name}", "there is no hostfile to choose from", "name a `hostfile`")
-    if launcher == "mpirun" and any(host.slots != tuple(range(len(host.slots))) for host in layout.hosts):
+    chosen = any(host.slots != tuple(range(len(host.slots))) for host in layout.hosts)
+    if launcher == "mpirun" and chosen:
         key = "cluster.include" if cluster.include else "cluster.exclude"
         hint = "choose whole hosts, or set CUDA_VISIBLE_DEVICES in `cluster.env`"
         yield Conflict(key, "mpirun cannot choose among the GPUs of a host", hint, ("cluster.launcher",))
@@ -514,6 +530,9 @@ def _check_cluster(cluster: ClusterSection, layout: Layout, is_script: bool) -> 
     if cluster.mpi_options and launcher != "mpirun":
         hint = "remove them, or use the launcher `mpirun`"
         yield Conflict("cluster.mpi_options", f"`{launcher}` takes none", hint, ("cluster.launcher",))
+    if cluster.setup and (wrong := shell.mistake(cluster.setup)) is not None:
+        hint = "each line is a command of bash, or all lines together are"
+        yield Conflict("cluster.setup", f"bash cannot read it: {wrong}", hint)
     for key, names in (("env", list(cluster.env)), ("pass_env", cluster.pass_env)):
         for index, name in enumerate(names):
             at = dotted(("cluster", key, name if key == "env" else index))
@@ -521,6 +540,11 @@ def _check_cluster(cluster: ClusterSection, layout: Layout, is_script: bool) -> 
                 ours = _OWN_VARIABLES[name]
                 hint = f"use `{ours}`" if ours else "remove it"
                 yield Conflict(at, f"the launcher sets `{name}` itself", hint)
+            elif key == "env" and name in _BASH_VARIABLES.split():
+                yield Conflict(at, f"bash, which starts the ranks, sets `{name}` itself", "remove it")
+            elif key == "env" and name == "CUDA_VISIBLE_DEVICES" and chosen:
+                chooser = "cluster.include" if cluster.include else "cluster.exclude"
+                yield Conflict(at, f"`{chooser}` chooses the GPUs", "remove one of them", (chooser,))
             elif key == "pass_env" and name in cluster.env:
                 yield Conflict(at, f"`{name}` has a value in `cluster.env`", "remove one of them")
 
@@ -559,7 +583,12 @@ def _check_slurm(cluster: ClusterSection, layout: Layout, base: Path) -> Iterato
     if isinstance(template, Path):
         template = beside(str(template), base)
     try:
-        slurm.script(template, asked, name="a job", nodes=layout.nodes, python="python")
+        text = slurm.script(template, asked, name="a job", nodes=layout.nodes, python="python")
+        if isinstance(template, Path):
+            if not text.startswith("#!"):
+                raise ValueError(f"what the template `{template}` makes does not begin with `#!`")
+            if (wrong := shell.mistake([text])) is not None:
+                raise ValueError(f"bash cannot read what the template `{template}` makes: {wrong}")
     except (ValueError, OSError) as error:
         message = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)
         message = message.replace(f"`{template}`", f"`{asked.template}`")

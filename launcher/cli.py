@@ -89,7 +89,7 @@ def run(
     from memlaunch.launcher import launch, resolve, translate
 
     document = resolve.read(job, sets or ())
-    resolved = resolve.from_document(document, job)
+    resolved = resolve.from_document(document, job, _check)
     if dry_run:
         for name, text in translate.files(resolved).items():
             print(f"==> {name} <==\n{text}")
@@ -111,7 +111,7 @@ def validate(
     from memlaunch.launcher import resolve
 
     try:
-        resolved = resolve.load(job, sets or (), _deep_check if deep else None)
+        resolved = resolve.load(job, sets or (), _deep_check if deep else _check)
     except UserError as error:
         if as_json:
             print(json.dumps({"valid": False, **error.to_dict()}, indent=2, ensure_ascii=False))
@@ -160,7 +160,7 @@ def translate(
     from memlaunch.launcher import resolve
     from memlaunch.launcher import translate as translation
 
-    files = translation.files(resolve.load(job, sets or ()))
+    files = translation.files(resolve.load(job, sets or (), _check))
     if out.exists() and not out.is_dir():
         raise UserError(f"`{out}` is a file", "name a folder for `--out`")
     if out.is_dir() and {path.name for path in out.iterdir()} - set(files):
@@ -181,7 +181,7 @@ def submit(
     from memlaunch.launcher import launch, resolve
 
     documents = [resolve.read(job, sets or ()) for job in jobs]
-    resolved = [resolve.from_document(*read) for read in zip(documents, jobs, strict=True)]
+    resolved = [resolve.from_document(*read, _check) for read in zip(documents, jobs, strict=True)]
     for one in resolved:
         if one.job.cluster.launcher != "slurm":
             raise UserError(
@@ -246,6 +246,20 @@ def stop(
 
 
 @app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Several are compared.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="The page to write; default for a single run: in it."),
+    ] = None,
+) -> None:
+    """Write a page of HTML that shows what became of a run, or of several side by side. Prints its path."""
+    from memlaunch.launcher import report as room
+
+    print(room.write(folders, out))
+
+
+@app.command()
 def doctor(
     job: Annotated[
         Path | None, typer.Argument(metavar="JOB", help="Default: none, and this machine alone.")
@@ -259,7 +273,7 @@ def doctor(
 
     if job is None and sets:
         raise UserError("`--set` changes a job, and there is none", "name the job file")
-    resolved = None if job is None else resolve.load(job, sets or ())
+    resolved = None if job is None else resolve.load(job, sets or (), _check)
     raise typer.Exit(room.run(resolved, as_json=as_json))
 
 
@@ -293,10 +307,16 @@ def init(
     print(out)
 
 
+def _check(job: "Job", base: Path) -> "Iterable[Conflict]":
+    from memlaunch.launcher import deep
+
+    return deep.check_keys(job, base)
+
+
 def _deep_check(job: "Job", base: Path) -> "Iterable[Conflict]":
     from memlaunch.launcher import deep
 
-    return deep.check(job, base)
+    return [*deep.check_keys(job, base), *deep.check(job, base)]
 
 
 def _ask(question: str, default: str | None) -> str:

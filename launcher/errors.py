@@ -15,6 +15,9 @@ EXIT_FAILED = 5
 EXIT_STOPPED = 75
 EXIT_INTERRUPTED = 130
 
+#: Problems of one kind that are looked for in a job; whoever has made more of them has made the same again.
+MOST = 100
+
 #: Columns of a source line that are shown; of a longer one, the part around the problem.
 WIDTH = 100
 
@@ -109,7 +112,7 @@ def wants_colour(stream: TextIO = sys.stderr) -> bool:
 
 def _excerpt(problem: Problem) -> tuple[str, int, int]:
     """(the part of the line to show, columns before the caret, columns under it)."""
-    text = _printable(problem.text.replace("\t", " "))
+    text = problem.text
     start = problem.column - 1
     end = max(start + 1, min(start + problem.length, len(text)))
     left, right = 0, len(text)
@@ -118,10 +121,13 @@ def _excerpt(problem: Problem) -> tuple[str, int, int]:
         right = min(len(text), left + WIDTH)
         end = min(end, right)
     head, tail = "..." if left else "", "..." if right < len(text) else ""
+    before, under, behind = (
+        _printable(part.replace("\t", " ")) for part in (text[left:start], text[start:end], text[end:right])
+    )
     return (
-        head + text[left:right] + tail,
-        len(head) + _columns(text[left:start]),
-        max(1, _columns(text[start:end])),
+        head + before + under + behind + tail,
+        len(head) + _columns(before),
+        max(1, _columns(under)),
     )
 
 

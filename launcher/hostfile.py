@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from memlaunch.launcher.errors import Problem, UserError
+from memlaunch.launcher.paths import read_small
 
 #: More are a slip of the finger: no machine has as many GPUs.
 MAX_SLOTS = 1024
@@ -37,7 +38,7 @@ def read(path: Path, name: str | None = None) -> tuple[Host, ...]:
     """
     name = name or str(path)
     try:
-        text = path.read_bytes().decode()
+        text = read_small(path).decode()
     except OSError as error:
         raise UserError(f"{name}: the hostfile cannot be read: {error.strerror}", hint=_EXAMPLE) from None
     except UnicodeDecodeError as error:

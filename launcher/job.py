@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, JsonValue
 
+from memlaunch.launcher.hostfile import MAX_SLOTS
 from memlaunch.launcher.translate.slurm import SlurmSettings
 from memlaunch.strategies import patterns
-from memlaunch.strategies.accumulation import Batch, solve_batch
+from memlaunch.strategies.accumulation import LARGEST_BATCH, Batch, solve_batch
 from memlaunch.strategies.batching import BatchingSettings
 from memlaunch.strategies.checkpointing import CheckpointingSettings
 from memlaunch.strategies.optimizer import OptimizerSettings
@@ -23,7 +24,8 @@ from memlaunch.strategies.technique import Device, Setup
 
 Task = Literal["sequence-classification", "causal-lm"]
 Launcher = Literal["torchrun", "deepspeed", "mpirun", "slurm"]
-PositiveInt = Annotated[int, Field(ge=1)]
+Tracker = Literal["tensorboard", "wandb", "mlflow"]
+PositiveInt = Annotated[int, Field(ge=1, le=LARGEST_BATCH)]
 
 
 def _pattern(value: str) -> str:
@@ -53,6 +55,8 @@ def _folder_name(value: str) -> str:
         raise ValueError(
             "must be a name for a folder: without a slash or a line break, not beginning with a dot"
         )
+    if len(value.encode()) > 255:
+        raise ValueError("must be a name for a folder, of at most 255 bytes")
     return value
 
 
@@ -249,7 +253,7 @@ class ClusterSection(Settings):
     nodes: PositiveInt | None = Field(
         default=None, description="Machines; default: the hosts of the `hostfile`, or 1."
     )
-    gpus_per_node: PositiveInt | None = Field(
+    gpus_per_node: Annotated[int, Field(ge=1, le=MAX_SLOTS)] | None = Field(
         default=None,
         description="Ranks of a machine, one a GPU; on a CPU, the number of ranks. Default: the slots of the "
         "`hostfile`, or the GPUs of this machine, or 1.",
@@ -314,6 +318,11 @@ class OutputSection(Settings):
         description="Optimizer steps between checkpoints; default: none but where the run is stopped.",
     )
     keep_checkpoints: PositiveInt = Field(default=2, description="Checkpoints that are kept, the newest.")
+    track: list[Tracker] = Field(
+        default_factory=list,
+        description="Experiment trackers that get the metrics, too. `wandb` and `mlflow` are extras of the "
+        "package, and take their addresses and keys from their own environment variables.",
+    )
 
 
 def _without_default(schema: dict[str, Any]) -> None:

@@ -63,8 +63,20 @@ def run(
         code = submit(folder, document, wait=wait)
     else:
         code = follow(["bash", str(folder.command)], folder, document)
+    if code != EXIT_INTERRUPTED and not (by_slurm and not slurm_job.inside() and not wait):
+        _report(folder)
     print(folder.path)
     return code
+
+
+def _report(folder: "RunDir") -> None:
+    """Leave a report in the run folder; a run is not worse for the lack of one."""
+    from memlaunch.launcher import report
+
+    try:
+        report.write([folder.path], ended=True)
+    except Exception as error:
+        print(f"warning: there is no report: {' '.join(str(error).split())}", file=sys.stderr)
 
 
 def create(resolved: "ResolvedJob", document: "Document") -> "RunDir":

@@ -86,7 +86,7 @@ def write(folder: Path, manifest: Manifest) -> None:
     path = folder / MANIFEST
     path.touch(mode=0o600)  # the job's environment variables are in it
     with path.open("w", encoding="utf-8") as file:
-        file.write(text + "\n")
+        file.write(text)  # with no line break behind it, which could be lost and not be missed
         file.flush()
         os.fsync(file.fileno())
     sync(folder)
@@ -109,19 +109,23 @@ def read(folder: Path) -> Manifest:
         found, told = content.pop("format"), content.pop("sha256")
     except FileNotFoundError:
         raise Damaged(f"{path} is missing") from None
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise Damaged(f"{path} cannot be read: {error}") from error
     if found != FORMAT:
         raise Damaged(f"{path} is of format {found}, this version of memlaunch reads format {FORMAT}")
     if told != _own_sum(content):
         raise Damaged(f"{path} is not as it was written")
-    files = {name: FileSum(**about) for name, about in content.pop("files").items()}
+    try:
+        files = {name: FileSum(**about) for name, about in content.pop("files").items()}
+        manifest = Manifest(files=files, **content)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise Damaged(f"{path} is not a manifest of this version of memlaunch: {error}") from error
     for name, about in files.items():
         size = (folder / name).stat().st_size if (folder / name).is_file() else None
         if size != about.bytes:
             state = "is missing" if size is None else f"has {size} bytes, not {about.bytes}"
             raise Damaged(f"{folder / name} {state}")
-    return Manifest(files=files, **content)
+    return manifest
 
 
 def check_files(folder: Path, manifest: Manifest, names: Collection[str] | None = None) -> None:

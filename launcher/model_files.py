@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 import struct
 from collections.abc import Sequence
@@ -201,8 +202,8 @@ def _in_package(path: str) -> Path:
         )
     roots = [Path(root) for root in spec.submodule_search_locations]
     for root in roots:
-        inside = (root / folder).resolve()
-        if inside.is_dir() and inside.is_relative_to(root.resolve()):
+        inside = Path(os.path.realpath(root / folder))
+        if kind(inside) == "folder" and inside.is_relative_to(root.resolve()):
             return inside
     holds = sorted({p.parent.relative_to(r).as_posix() for r in roots for p in r.glob("**/config.json")})
     some = f"it holds {', '.join(f'`{name}`' for name in holds[:3])}" if holds else "it holds no model"

@@ -1,5 +1,6 @@
 """A job with every default written out: what runs."""
 
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from memlaunch.launcher import checks, data_files, layout, model_files, schema, source
-from memlaunch.launcher.errors import Problem, UserError, in_order
+from memlaunch.launcher.errors import MOST, Problem, UserError, in_order
 from memlaunch.launcher.hostfile import Host
 from memlaunch.launcher.job import ClusterSection, Job, ScriptSection, batch_of, setup_of
 from memlaunch.launcher.keys import KeyPath, is_in, parse
@@ -17,7 +18,7 @@ from memlaunch.launcher.paths import beside
 from memlaunch.launcher.rundir import RunDir
 from memlaunch.launcher.source import Document
 from memlaunch.launcher.translate import slurm
-from memlaunch.strategies.accumulation import Batch
+from memlaunch.strategies.accumulation import LARGEST_BATCH, Batch
 from memlaunch.strategies.settings import Settings
 from memlaunch.strategies.technique import Conflict, Device, Setup
 
@@ -123,7 +124,7 @@ def from_document(document: Document, path: Path, then: Check | None = None) -> 
             hint = "write it such as `worker-1@worker-2:0,2`: hosts, and slots of a host"
             problems.append(document.problem(("cluster", key), f"cluster.{key}: {error}", hint))
         conflicts = checks.check(checked.value, base, machines)
-        problems += _located(conflicts, document, checked.suspect)
+        problems += itertools.islice(_located(conflicts, document, checked.suspect), MOST)
         if then is not None and not problems:
             problems += _located(then(checked.value, base), document, checked.suspect)
     if problems or checked.value is None:
@@ -195,7 +196,7 @@ def resolve(job: Job, machines: Layout, *, base: Path, name: str) -> ResolvedJob
                 epochs=(training.epochs or 1) if counts_epochs else None,
                 warmup_steps=None if by_ratio else training.warmup_steps or 0,
                 eval_micro_batch_size=training.eval_micro_batch_size
-                or (None if by_tokens else 2 * batch.micro_batch_size),
+                or (None if by_tokens else min(2 * batch.micro_batch_size, LARGEST_BATCH)),
             ),
             script=job.script and _script(job.script, base),
             cluster=_with(

@@ -88,6 +88,18 @@ class RunDir:
         return self.path / "checkpoints"
 
     @property
+    def plan(self) -> Path:
+        return self.path / "plan.json"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
     def stop(self) -> Path:
         """A file that asks the ranks to stop between two steps."""
         return self.path / "stop"
@@ -266,7 +278,8 @@ def read_lines(path: Path, start: int = 0) -> Iterator[tuple[dict[str, Any], int
             if not line.endswith(b"\n"):
                 return
             start += len(line)
-            with contextlib.suppress(json.JSONDecodeError):  # a line that a full disk cut short
+            # A full disk may have cut a line short, and a crash may have left zeros.
+            with contextlib.suppress(ValueError):
                 yield json.loads(line), start
 
 

@@ -38,8 +38,8 @@ def newest_first(output: Path) -> list[RunDir]:
     return sorted(runs, key=lambda run: run.path.name, reverse=True)
 
 
-def status(run: RunDir) -> dict[str, Any]:
-    """How a run stands.
+def status(run: RunDir, *, ended: bool = False) -> dict[str, Any]:
+    """How a run stands; ``ended`` where the process that started it is there, but has seen it end.
 
     ``state`` is ``finished``, ``failed``, ``stopped``, ``running``, ``starting``, a state of a SLURM job that
     has not ended, such as ``pending``, ``lost`` where the ranks ended without a word, or ``elsewhere`` where
@@ -52,7 +52,7 @@ def status(run: RunDir) -> dict[str, Any]:
     evaluated = [line for line in steps if "eval_loss" in line]
     started = [event for event in events if event["event"] == "started"]
     failure = outcome.culprit([event for event in _last_launch(events) if event["event"] == "failed"])
-    state = _state(run, events)
+    state = _state(run, events, ended)
     return {
         "run": str(run.path),
         "state": state,
@@ -71,7 +71,7 @@ def _last_launch(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return events[begun[-1] :] if begun else events
 
 
-def _state(run: RunDir, events: list[dict[str, Any]]) -> str:
+def _state(run: RunDir, events: list[dict[str, Any]], ended: bool = False) -> str:
     decisive = [event["event"] for event in events if event["event"] in (*_LAST, *_FIRST)]
     last = decisive[-1] if decisive else None
     job = slurm_job.of(run)
@@ -81,7 +81,7 @@ def _state(run: RunDir, events: list[dict[str, Any]]) -> str:
             return state.lower()
         if state in slurm_job.TAKEN_AWAY and last != "finished":
             return "stopped"
-    elif run.launcher_process() is not None:
+    elif not ended and run.launcher_process() is not None:
         return "running" if last == "started" else "starting"
     elif last not in _LAST and run.launcher_host() not in (None, os.uname().nodename):
         return "elsewhere"

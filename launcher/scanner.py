@@ -4,13 +4,14 @@ As strict as the JSON standard, but it goes on behind the mistakes that people m
 comments, single quotes), so that they are reported together with what else is wrong.
 """
 
+import functools
 import json
 import math
 import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple, NoReturn
 
-from memlaunch.launcher.errors import Problem
+from memlaunch.launcher.errors import MOST, Problem
 from memlaunch.launcher.keys import KeyPath, dotted
 
 MAX_DEPTH = 64
@@ -39,8 +40,7 @@ def problem_at(
 ) -> Problem:
     """The problem at ``span`` of ``text``; a span over several lines is pointed at in its first."""
     begin = text.rfind("\n", 0, span.start) + 1
-    end = text.find("\n", begin)
-    line = text[begin : end if end >= 0 else len(text)].rstrip("\r")
+    line = _line(text, begin)
     return Problem(
         source=name,
         message=message,
@@ -51,6 +51,13 @@ def problem_at(
         length=max(1, min(span.end - span.start, begin + len(line) - span.start)),
         text=line,
     )
+
+
+@functools.lru_cache(maxsize=4)
+def _line(text: str, begin: int) -> str:
+    """The line that begins there: one string for all problems in it, since a line may be long."""
+    end = text.find("\n", begin)
+    return text[begin : end if end >= 0 else len(text)].rstrip("\r")
 
 
 class Stop(Exception):
@@ -174,9 +181,12 @@ class Scanner:
 
     def _notice(self, opened: int) -> None:
         """Remember the first bracket whose line is indented otherwise than that of its closing one."""
-        here, there = self._indent(self._at), self._indent(opened)
-        alone = self._text[self._at - here : self._at].isspace() or not here
-        if self._crooked is None and alone and here != there and "\n" in self._text[opened : self._at]:
+        before = self._at
+        while before and self._text[before - 1] in " \t\r":
+            before -= 1
+        alone = not before or self._text[before - 1] == "\n"
+        crooked = alone and opened < before and self._indent(self._at) != self._indent(opened)
+        if crooked and self._crooked is None:
             self._crooked = opened
 
     def _indent(self, at: int) -> int:
@@ -342,8 +352,8 @@ class Scanner:
                 path, span, f"`{text}` is not a number that a job can use", "write a finite one"
             )
         try:
-            value = float(text) if not text.lower().lstrip("+-").startswith("0x") else int(text, 16)
-        except ValueError:
+            value = float(text if not text.lower().lstrip("+-").startswith("0x") else int(text, 16))
+        except (ValueError, OverflowError):
             message, hint = f"`{_short(text)}` is not a JSON value", f'for a string, write `"{_short(text)}"`'
             return self._no_value(path, span, message, hint)
         return self._no_value(path, span, f"`{_short(text)}` is not a JSON number", f"write `{value:.15g}`")
@@ -375,6 +385,8 @@ class Scanner:
 
     def _tell(self, span: Span, message: str, hint: str | None = None) -> None:
         self.problems.append(problem_at(self._name, self._text, span, message, hint))
+        if len(self.problems) >= MOST:
+            raise Stop
 
     def _once(self, kind: str, span: Span, message: str, hint: str) -> None:
         if kind not in self._told:

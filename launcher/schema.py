@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from memlaunch.launcher.errors import Problem
+from memlaunch.launcher.errors import MOST, Problem
 from memlaunch.launcher.keys import KeyPath, closest, dotted
 from memlaunch.launcher.scanner import kind_of
 from memlaunch.launcher.source import Document
@@ -112,13 +112,14 @@ def check(document: Document, model: type[Model]) -> Checked[Model]:
         # A key that is missing may be there misspelt: unknown ones first.
         for path, errors in sorted(groups.items(), key=lambda group: group[1][0]["type"] == "missing"):
             if errors[0]["type"] == "missing":
-                if path not in suspect:
+                if path not in suspect and len(problems) < MOST:
                     problems.append(_missing(document, model, path))
                 _fill(value, model, path)
             else:
-                problem, meant = _wrong(document, model, path, errors)
-                problems.append(problem)
-                suspect.update(meant)
+                if len(problems) < MOST:
+                    problem, meant = _wrong(document, model, path, errors)
+                    problems.append(problem)
+                    suspect.update(meant)
                 _remove(value, path)
             suspect.add(path)
         if value == before:
@@ -172,11 +173,8 @@ def _by_place(errors: Iterable[ErrorDetails], value: Any) -> dict[KeyPath, list[
     places: dict[KeyPath, list[ErrorDetails]] = {}
     for error in errors:
         places.setdefault(_place(error, value), []).append(error)
-    return {
-        path: group
-        for path, group in places.items()
-        if not any(other[: len(path)] == path and other != path for other in places)
-    }
+    above = {path[:depth] for path in places for depth in range(len(path))}
+    return {path: group for path, group in places.items() if path not in above}
 
 
 def _place(error: ErrorDetails, value: Any) -> KeyPath:
@@ -354,7 +352,7 @@ def _either(words: Sequence[str]) -> str:
 def _as_json(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from memlaunch.launcher import keys
 from memlaunch.launcher.errors import Problem, UserError
 from memlaunch.launcher.keys import KeyPath, dotted, parse
+from memlaunch.launcher.paths import MAX_BYTES
 from memlaunch.launcher.scanner import Scanner, Span, Stop, kind_of, problem_at
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -125,7 +126,8 @@ def _text_of(path: Path) -> bytes:
             "download it, look what it runs, and give the file",
         )
     try:
-        return path.read_bytes()
+        with path.open("rb") as stream:
+            content = stream.read(MAX_BYTES + 1)
     except FileNotFoundError:
         raise UserError(f"there is no file `{path}`", _files_near(path)) from None
     except IsADirectoryError:
@@ -133,6 +135,9 @@ def _text_of(path: Path) -> bytes:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise UserError(f"`{path}` cannot be read: {reason}") from None
+    if len(content) > MAX_BYTES:
+        raise UserError(f"`{path}` has more than {MAX_BYTES:,} bytes", "a job file is a page or two of text")
+    return content
 
 
 def _files_near(path: Path) -> str:

@@ -5,6 +5,7 @@ the last window of an epoch. The loss of the window is the sum over all its toke
 on all ranks, so no micro-batch counts for more because its samples are short.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,9 @@ class BatchError(ValueError):
 
 DEFAULT_MICRO_BATCH_SIZE = 8
 
+#: Of any batch; torch counts the elements of a dimension further, but no run does.
+LARGEST_BATCH = 2**31 - 1
+
 
 def solve_batch(
     ranks: int,
@@ -51,6 +55,12 @@ def solve_batch(
     if total is None:
         micro = micro or DEFAULT_MICRO_BATCH_SIZE
         steps = steps or 1
+        if micro * steps * ranks > LARGEST_BATCH:
+            raise BatchError(
+                "micro_batch_size" if micro > steps else "gradient_accumulation_steps",
+                f"a global batch of {micro} x {steps} x {_count(ranks, 'rank')} is more than {LARGEST_BATCH}",
+                "use smaller sizes, or fewer ranks",
+            )
         return Batch(micro * steps * ranks, micro, steps)
     if total % ranks:
         raise BatchError(
@@ -102,7 +112,8 @@ def loss_weight(window_count: float, world_size: int) -> float:
 
 
 def _largest_divisor(number: int, at_most: int) -> int:
-    return max(d for d in range(1, min(number, at_most) + 1) if number % d == 0)
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return max(d for d in (*small, *(number // d for d in small)) if d <= at_most)
 
 
 def _count(number: int, noun: str) -> str:

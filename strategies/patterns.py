@@ -88,7 +88,11 @@ def _glob(regex: str, modules: dict[str, None]) -> set[str]:
 
 
 def _to_regex(path: str) -> str:
-    return re.escape(path).replace(r"\*", ".*").replace(r"\?", ".")
+    first, *others = (re.escape(part).replace(r"\?", ".") for part in re.split(r"\*+", path))
+    if not others:
+        return first
+    # What stands between two stars is taken where it first occurs, for good: trying on would take for ever.
+    return first + "".join(f"(?>.*?{part})" for part in others[:-1]) + ".*" + others[-1]
 
 
 def _pick(part: str, parent: str, modules: dict[str, None]) -> list[int]:

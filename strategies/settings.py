@@ -34,6 +34,16 @@ class Settings(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
+    def _within_reason(cls, value: Any) -> Any:
+        """Refuse what no file name, shell or environment can hold, and no number of a machine."""
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError("holds a NUL character, which no shell or environment can")
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise ValueError("must be less than 2^63, the end of what a machine counts with")
+        return value
+
+    @field_validator("*", mode="before")
+    @classmethod
     def _choice_of_its_type(cls, value: Any, info: ValidationInfo) -> Any:
         """Refuse ``true`` and ``1.0`` for the choice ``1``, which they equal in Python."""
         annotation = cls.model_fields[str(info.field_name)].annotation

@@ -78,9 +78,9 @@ def test_figures_from_small_traces_are_those_of_the_whole(tracer: Tracer) -> Non
 @pytest.mark.parametrize(
     "spare",
     [
-        pytest.param(4 << 30, marks=pytest.mark.long),
-        pytest.param(400 << 20, marks=pytest.mark.long),
-        pytest.param(60 << 20, marks=pytest.mark.long),
+        pytest.param(4 << 30, marks=pytest.mark.hours),
+        pytest.param(400 << 20, marks=pytest.mark.hours),
+        pytest.param(60 << 20, marks=pytest.mark.hours),
     ],
 )
 def test_the_winner_is_that_of_an_exhaustive_search(tracer: Tracer, spare: int) -> None:
@@ -91,7 +91,7 @@ def test_the_winner_is_that_of_an_exhaustive_search(tracer: Tracer, spare: int) 
         assert found.winner.changes == best.changes
 
 
-@pytest.mark.long
+@pytest.mark.hours
 @pytest.mark.parametrize("ranks", [1, 4])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("spare", [20 << 20, 60 << 20, 120 << 20, 400 << 20, 4 << 30])

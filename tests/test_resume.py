@@ -123,8 +123,10 @@ def cut_down(run: RunDir, output: Path, step: int) -> RunDir:
 
 def mathematics(run: RunDir) -> list[dict[str, Any]]:
     """The metrics, less what the clock says."""
-    clock = ("step_seconds", "tokens_per_second")
-    return [{k: v for k, v in line.items() if k not in clock} for line, _ in rundir.read_lines(run.metrics)]
+    clock = ("_seconds", "tokens_per_second")
+    return [
+        {k: v for k, v in line.items() if not k.endswith(clock)} for line, _ in rundir.read_lines(run.metrics)
+    ]
 
 
 @dataclass(frozen=True)

@@ -50,8 +50,10 @@ def place(output: Path, tokenizer: Path, size: int, **changes: Any) -> RunDir:
 
 
 def lines(run: RunDir) -> list[dict[str, Any]]:
-    clock = ("step_seconds", "tokens_per_second")
-    return [{k: v for k, v in line.items() if k not in clock} for line, _ in rundir.read_lines(run.metrics)]
+    clock = ("_seconds", "tokens_per_second")
+    return [
+        {k: v for k, v in line.items() if not k.endswith(clock)} for line, _ in rundir.read_lines(run.metrics)
+    ]
 
 
 def last_event(run: RunDir) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def script(python: str, environment: Mapping[str, str], setup: Sequence[str]) ->
         [
             _say("shell"),
             "set -e",
-            *(["{", *setup, "} </dev/null"] if setup else []),
+            *(["{ :", *setup, "} </dev/null"] if setup else []),
             *shell.exports(environment),
             _say("setup"),
             f"exec {shell.join([python, '-u', '-c', _BOOT])}",

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from memlaunch.launcher.training import random_state
 from memlaunch.launcher.training.batches import Collate, MicroBatch, evaluation_order
+from memlaunch.launcher.training.clock import Clock
 from memlaunch.launcher.training.engine import Engine
 from memlaunch.launcher.training.errors import TrainingFailed
 from memlaunch.launcher.training.tasks import Task, logits_of
@@ -121,13 +122,15 @@ def train(
         evaluate_if_due(plan.start.step, plan.start.step / sampler.steps_per_epoch)
     for number in range(plan.start.step + 1, plan.steps + 1):
         begun = time.perf_counter()
+        clock = Clock(world)
         epoch, k = divmod(number - 1, sampler.steps_per_epoch)
         done = epoch + (k + 1) / sampler.steps_per_epoch
         window = sampler.step(epoch, k)
         batches = [collate(indices) for indices in window]
+        clock.mark("data")
         learning_rate = plan.learning_rate(applied)
         try:
-            outcome = _optimizer_step(engine, task, batches, learning_rate, world, plan.between)
+            outcome = _optimizer_step(engine, task, batches, learning_rate, world, plan.between, clock)
         except ScaleAtMinimum as error:
             raise TrainingFailed(
                 f"step {number}: {error}; it is made of {_samples(window, world)}",
@@ -151,12 +154,14 @@ def train(
             verified = True
         seconds = time.perf_counter() - begun
         if world.is_main:
+            parts = {f"{part}_seconds": round(passed, 6) for part, passed in clock.seconds().items()}
             plan.record(
                 {
                     "step": number,
                     "epoch": round(done, 6),
                     "learning_rate": learning_rate,
                     **line,
+                    **parts,
                     "step_seconds": round(seconds, 6),
                     "tokens_per_second": round(line["tokens"] / seconds, 3),
                 }
@@ -223,24 +228,35 @@ def _optimizer_step(
     learning_rate: float,
     world: World,
     between: Between = _STRAIGHT,
+    clock: Clock | None = None,
 ) -> _Outcome:
     """One window, forward, backward and step."""
+    clock = clock or Clock()
     if world.kind == "cuda":
         torch.cuda.reset_peak_memory_stats(world.device)
-    counted, samples, tokens, padded = world.sum(
-        [sum(getattr(b, name) for b in window) for name in ("count", "samples", "tokens", "padded_tokens")]
+    mine = [sum(getattr(b, name) for b in window) for name in ("count", "samples", "tokens")]
+    # Each rank has its own places in the sum, so that one message tells the size of every micro-batch.
+    before, behind = (n * len(window) * [0] for n in (world.rank, world.size - 1 - world.rank))
+    counted, samples, tokens, *sizes = world.sum(
+        [*mine, *before, *(b.padded_tokens for b in window), *behind]
     )
+    clock.mark("communication")
     weight = loss_weight(counted, world.size)
     losses: list[Tensor] = []
     for index, batch in enumerate(window):
         batch = batch.to(world.device)
         with engine.micro_step(last=index == len(window) - 1):
             loss = task.loss_sum(logits_of(engine.forward(batch.inputs)), batch.labels)
+            clock.mark("forward")
             engine.backward(loss * weight)
+            clock.mark("backward")
         losses.append(loss.detach())
     step = engine.step(learning_rate)
-    mine = torch.stack(losses).sum(dtype=torch.float64).item() if losses else 0.0
-    total, *votes = world.sum([mine, *between.votes()])
+    clock.mark("optimizer")
+    loss_sum = torch.stack(losses).sum(dtype=torch.float64).item() if losses else 0.0
+    total, *votes = world.sum([loss_sum, *between.votes()])
+    peak = _peak_memory(world)
+    clock.mark("communication")
     line = {
         "loss": total / counted if counted else None,
         "grad_norm": step.grad_norm,
@@ -248,10 +264,22 @@ def _optimizer_step(
         "skipped": step.skipped,
         "samples": int(samples),
         "tokens": int(tokens),
-        "padded_tokens": int(padded),
-        "peak_memory_bytes": _peak_memory(world),
+        "padded_tokens": int(sum(sizes)),
+        "idle_share": _idle_share(sizes, world.size),
+        "peak_memory_bytes": peak,
     }
     return _Outcome(line, votes, losses)
+
+
+def _idle_share(sizes: Sequence[float], ranks: int) -> float:
+    """The share of a step that ranks wait for the one with the largest micro-batch, if time goes with tokens.
+
+    Args:
+        sizes: tokens with padding of each micro-batch, those of a rank together.
+    """
+    micro_batches = len(sizes) // ranks
+    slowest = ranks * sum(max(sizes[number::micro_batches]) for number in range(micro_batches))
+    return round(1 - sum(sizes) / slowest, 6) if slowest else 0.0
 
 
 def _peak_memory(world: World) -> int | None:

@@ -27,6 +27,7 @@ from memlaunch.launcher.training.model import (
 from memlaunch.launcher.training.schedule import learning_rate
 from memlaunch.launcher.training.stopping import StopRequests
 from memlaunch.launcher.training.tasks import TASKS, Task
+from memlaunch.launcher.training.trackers import Trackers
 from memlaunch.launcher.training.world import World
 from memlaunch.strategies import TECHNIQUES, optimizer, precision
 from memlaunch.strategies.padding import padded_length
@@ -52,8 +53,14 @@ def run(resolved: "ResolvedJob", folder: "RunDir", world: World) -> bool:
         TrainingFailed: training cannot go on.
         LaunchFailed: another process runs in ``folder``.
     """
-    with StopRequests(folder, world.is_main) as requests, _alone(folder, world):
-        return _run(resolved, folder, world, requests)
+    with (
+        StopRequests(folder, world.is_main) as requests,
+        _alone(folder, world),
+        Trackers(resolved, folder, world.is_main) as trackers,
+    ):
+        arrived = _run(resolved, folder, world, requests, trackers.record)
+        trackers.ended = "finished" if arrived else "stopped"
+        return arrived
 
 
 @contextlib.contextmanager
@@ -76,7 +83,13 @@ def _alone(folder: "RunDir", world: World) -> "Iterator[None]":
         yield
 
 
-def _run(resolved: "ResolvedJob", folder: "RunDir", world: World, requests: StopRequests) -> bool:
+def _run(
+    resolved: "ResolvedJob",
+    folder: "RunDir",
+    world: World,
+    requests: StopRequests,
+    record: "Callable[[dict[str, Any]], None]",
+) -> bool:
     job = resolved.job
     setup = resolved.setup(world.kind)
     torch.set_num_threads(resolved.threads_per_rank)
@@ -170,7 +183,7 @@ def _run(resolved: "ResolvedJob", folder: "RunDir", world: World, requests: Stop
             step, steps, job.training.learning_rate, job.training.schedule, warmup
         ),
         eval_every=job.training.eval_every_steps,
-        record=folder.append_metrics,
+        record=record,
         after_first_step=verify,
         start=start,
         between=Between(checkpoints, requests, folder, world.is_main, job.output.checkpoint_every_steps),
@@ -188,7 +201,7 @@ def _run(resolved: "ResolvedJob", folder: "RunDir", world: World, requests: Stop
         figures = evaluate()
         if world.is_main:
             epoch = round(steps / batches.steps_per_epoch, 6)
-            folder.append_metrics({"step": steps, "epoch": epoch, **figures})
+            record({"step": steps, "epoch": epoch, **figures})
     if world.is_main:
         folder.append_event("finished", steps=steps)
     return True

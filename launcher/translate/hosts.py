@@ -83,7 +83,7 @@ def about(resolved: "ResolvedJob") -> str:
 def slots(hosts: Sequence[Host]) -> str:
     """How many ranks the host of number ``$1`` runs, as bash takes it."""
     counts = {len(host.slots) for host in hosts}
-    return str(counts.pop()) if len(counts) == 1 else '"${slots[$1]}"'
+    return str(counts.pop()) if len(counts) == 1 else '"${memlaunch_slots[$1]}"'
 
 
 def _by_host(hosts: Sequence[Host]) -> list[str]:
@@ -93,8 +93,9 @@ def _by_host(hosts: Sequence[Host]) -> list[str]:
     """
     lines = []
     if len({len(host.slots) for host in hosts}) > 1:
-        lines += [f"slots=({' '.join(str(len(host.slots)) for host in hosts)})"]
+        lines += [f"memlaunch_slots=({' '.join(str(len(host.slots)) for host in hosts)})"]
     if any(host.slots != tuple(range(len(host.slots))) for host in hosts):
         devices = " ".join(",".join(map(str, host.slots)) for host in hosts)
-        lines += [f"devices=({devices})", 'export CUDA_VISIBLE_DEVICES="${devices[$1]}"']
+        lines += [f"memlaunch_devices=({devices})"]
+        lines += ['export CUDA_VISIBLE_DEVICES="${memlaunch_devices[$1]}"']
     return lines

@@ -1,6 +1,9 @@
 """What the scripts of a run are made of: words that bash takes as they are, and the few that it expands."""
 
+import os
+import re
 import shlex
+import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 
 
@@ -23,6 +26,22 @@ def exports(values: Mapping[str, str]) -> list[str]:
 def comment(text: str) -> str:
     """``text`` on one line, to stand behind ``#``."""
     return " ".join(text.split())
+
+
+def mistake(lines: Sequence[str]) -> str | None:
+    """Why ``lines`` of the user's would break the script that they stand in; None where they do not.
+
+    Asks bash, which reads them and runs nothing.
+    """
+    text = "\n".join(lines) + "\n"
+    environment = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C.UTF-8"}
+    argv = ["bash", "-n"]
+    read = subprocess.run(argv, input=text.encode(), env=environment, capture_output=True, check=False)
+    told = read.stderr.decode(errors="replace").partition("\n")[0].removeprefix("bash: ")
+    if read.returncode or told:  # of a here-document without an end it only warns
+        return told or f"exit status {read.returncode}"
+    goes_on = re.search(r"(?<!\\)(?:\\\\)*\\\n\Z", text)
+    return "the last line ends in a backslash" if goes_on else None
 
 
 def start_script(*, about: str, python: str, body: Sequence[str]) -> str:
@@ -70,7 +89,7 @@ def node_script(
         f"# {comment(about)}",
         'export MEMLAUNCH_RUN_DIR="$(dirname "$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)")"',
         "set -e",
-        *(["{", *setup, "} </dev/null"] if setup else []),
+        *(["{ :", *setup, "} </dev/null"] if setup else []),
         *exports(env),
         *before,
         f"exec {join(command)}",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 from pydantic import AfterValidator, Field
 
+from memlaunch.launcher.paths import read_small
 from memlaunch.launcher.translate import hosts, shell, torchrun
 from memlaunch.launcher.translate.shell import Raw
 from memlaunch.strategies.settings import Settings
@@ -199,7 +200,9 @@ def _ranks(resolved: "ResolvedJob", python: str) -> Sequence[str]:
 
 def gpus_in(gres: str) -> int | None:
     """GPUs that ``gres`` asks for: 4 of ``gpu:a100:4``; None where it asks for none."""
-    found = re.search(r"(?:^|,)(?:gres[:/])?gpu(?::[^:,=()]+)??(?:[:=](\d+))?(?:\([^)]*\))?(?=,|$)", gres)
+    found = re.search(
+        r"(?:^|,)(?:gres[:/])?gpu(?::[^:,=()]+)??(?:[:=]([0-9]{1,9}))?(?:\([^)]*\))?(?=,|$)", gres
+    )
     return int(found[1] or 1) if found else None
 
 
@@ -232,15 +235,17 @@ def script(
         ValueError: a value cannot stand in a script; the template has a mistake, or uses what is not there.
         OSError: the user's template cannot be read.
     """
-    import jinja2
+    from jinja2 import FileSystemLoader, StrictUndefined, TemplateSyntaxError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     if (chosen == "array") != bool(runs):
         raise ValueError("`runs` belongs to the template `array`, and the template to it")
     if nodes < 1 or (chosen == "single" and nodes != 1):
         raise ValueError(f"the template `{chosen}` is not for {nodes} nodes")
-    environment = jinja2.Environment(  # noqa: S701
-        loader=jinja2.FileSystemLoader(str(resources.files("memlaunch.deploy") / "slurm")),
-        undefined=jinja2.StrictUndefined,
+    # A template only makes text: what it could run, it would run where a job is no more than looked at.
+    environment = ImmutableSandboxedEnvironment(
+        loader=FileSystemLoader(str(resources.files("memlaunch.deploy") / "slurm")),
+        undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
@@ -250,9 +255,10 @@ def script(
     if gpus is not None:
         options.append(f"--gpus-per-node={gpus}")
     cpus = settings.cpus_per_task
+    own = read_small(chosen).decode() if isinstance(chosen, Path) else None
     try:
-        if isinstance(chosen, Path):
-            text = environment.from_string(chosen.read_text(encoding="utf-8"))
+        if own is not None:
+            text = environment.from_string(own)
         else:
             text = environment.get_template(f"{chosen}.sbatch.j2")
         return text.render(
@@ -265,8 +271,8 @@ def script(
             runs=list(runs),
             attempts=shell.join(hosts.attempts(python)),
         )
-    except jinja2.TemplateError as error:
-        where = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
+    except Exception as error:  # a template is a program, whose mistakes are of any kind
+        where = f", line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
         raise ValueError(f"the template `{chosen}`{where}: {error}") from None
 
 

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.cluster
 
 @pytest.mark.parametrize(
     "strategy",
-    [name if name == "ZeRO-2" else pytest.param(name, marks=pytest.mark.kills) for name in STRATEGIES],
+    [name if name == "ZeRO-2" else pytest.param(name, marks=pytest.mark.hours) for name in STRATEGIES],
 )
 def test_a_node_that_is_cut_off(
     cluster: Cluster, tmp_path: Path, tokenizer_folder: Path, strategy: str
