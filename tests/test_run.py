@@ -1,5 +1,6 @@
 """``memlaunch run`` from the job file to the run folder, and what happens when it goes wrong."""
 
+import contextlib
 import json
 import os
 import signal
@@ -217,12 +218,13 @@ def _workers(launcher: int) -> list[psutil.Process]:
     """The processes of both ranks, once they train."""
     for _ in range(600):
         time.sleep(0.1)
-        found = [
-            child
-            for child in psutil.Process(launcher).children(recursive=True)
-            if "memlaunch.launcher.worker" in child.cmdline()
-            and "torch.distributed.run" not in child.cmdline()
-        ]
-        if len(found) == 2 and all(child.num_threads() > 1 for child in found):
-            return found
+        with contextlib.suppress(psutil.NoSuchProcess):  # one that ends while it is looked at
+            found = [
+                child
+                for child in psutil.Process(launcher).children(recursive=True)
+                if "memlaunch.launcher.worker" in child.cmdline()
+                and "torch.distributed.run" not in child.cmdline()
+            ]
+            if len(found) == 2 and all(child.num_threads() > 1 for child in found):
+                return found
     raise AssertionError("the ranks did not start")

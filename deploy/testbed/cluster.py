@@ -298,9 +298,10 @@ class Cluster:
         inside = ["nsenter", f"--target={self._first(name).pid}", "--net", "ip"]
         with contextlib.suppress(TestbedError):
             self._ip("link", "delete", name)  # of the node before it was stopped
-        self._ip(
-            "link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", str(self._first(name).pid)
-        )
+        # A node that comes back has the address that the others remember.
+        mac = f"02:00:00:00:00:{int(_address(name).rpartition('.')[2]):02x}"
+        peer = ["peer", "name", "eth0", "address", mac, "netns", str(self._first(name).pid)]
+        self._ip("link", "add", name, "type", "veth", *peer)
         self._ip("link", "set", name, "master", "bridge", "up")
         _run([*inside, "address", "add", f"{_address(name)}/24", "dev", "eth0"])
         _run([*inside, "link", "set", "eth0", "up"])

@@ -180,8 +180,9 @@ def test_a_kill_of_any_part_ends_everything(cluster: Cluster, run_folder: Path, 
             next(p for p in cluster.processes("node1") if "--leash" in p.cmdline()).kill()
             # Its own child goes with it; what that has started is beyond reach once the guard is gone.
             for p in cluster.processes("node1"):
-                if p.name() == "sleep" or STUBBORN in p.cmdline():
-                    p.kill()
+                with contextlib.suppress(psutil.NoSuchProcess):  # it may be on its way out
+                    if p.name() == "sleep" or STUBBORN in p.cmdline():
+                        p.kill()
         process.communicate(timeout=40)
     nothing_left(cluster)
 
