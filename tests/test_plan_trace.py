@@ -126,8 +126,8 @@ def test_a_trace_has_the_peak_of_a_real_run_on_two_ranks(tracer: Tracer, strateg
     predicted = tracer.trace(traced, shape(traced))
     (measured, by_phase), _ = ranks.run(2, run, traced, shape(traced))
     engine, stage = traced["strategy"]["engine"], traced["strategy"]["zero"]["stage"]
-    # At stage 3, buffers live until gloo's threads let go of them; DeepSpeed's stage 0 holds some hundred bytes
-    # more in its step than the trace sees.
+    # At stage 3, buffers live until gloo's threads let go of them; DeepSpeed's stage 0 holds some hundred
+    # bytes more in its step than the trace sees.
     allowed = 0.03 if stage == 3 else 0.0002 if engine == "deepspeed" and stage == 0 else 0
     assert predicted["peak_bytes"] == pytest.approx(measured, rel=0.03 if stage == 3 else 0)
     assert predicted["by_phase"]["step"] == pytest.approx(by_phase["step"], rel=allowed)
