@@ -94,7 +94,9 @@ class ModelSection(Settings):
         default=None, ge=2, description="Classes of a classification; default: those of the training data."
     )
     attention: Literal["eager", "sdpa", "flash_attention_2"] = Field(
-        default="sdpa", description="The implementation of attention, as transformers names it."
+        default="sdpa",
+        description="The implementation of attention, as transformers names it; `sdpa` is `eager` where an "
+        "architecture has no other.",
     )
     trust_remote_code: bool = Field(
         default=False, description="Run Python code that comes with the model. Only for sources you trust."

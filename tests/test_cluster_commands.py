@@ -69,17 +69,10 @@ def test_ssh_gets_one_word_that_its_shell_takes_apart_as_it_was() -> None:
     assert shlex.split(argv[-1]) == ["exec", *words]
 
 
-def test_pdsh_leaves_percent_signs_alone() -> None:
-    assert ssh.pdsh_argv(["a", "b"], ["echo", "100%h"], timeout=5) == [
-        *("pdsh", "-S", "-R", "ssh", "-f", "2", "-u", "5", "-w", "a,b", "exec echo 100%%h")
-    ]
-
-
 @pytest.mark.parametrize("name", ["-oProxyCommand=x", "a b", "a,b", "$(x)", "", "h:22"])
 def test_what_is_no_host_name_goes_nowhere(name: str) -> None:
     for build in (
         lambda: ssh.argv(name, ["true"]),
-        lambda: ssh.pdsh_argv(["a", name], ["true"]),
         lambda: mpirun.argv("openmpi", ["true"], ranks=1, hosts=[Host(name, (0,))]),
     ):
         with pytest.raises(ValueError, match="is not a host name"):

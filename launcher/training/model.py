@@ -1,5 +1,7 @@
 """The job's model and tokenizer."""
 
+import importlib.resources
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,6 +65,8 @@ def build(
 ) -> "PreTrainedModel":
     """The model in fp32 on the CPU, with new parts (or all of it) from ``seed``.
 
+    An architecture that has no ``sdpa`` gets ``eager`` attention in its place, as its config then says.
+
     Args:
         labels: the names of the classes, for a task that has some.
         pad_token: the id that batches are padded with.
@@ -80,33 +84,31 @@ def build(
     config.pad_token_id = pad_token  # classifiers on decoders find the last token by it
     for key, value in (changes or {}).items():
         setattr(config, key, value)
-    torch.manual_seed(seed)
-    built: PreTrainedModel
-    if model.path is None or changes is not None:
-        built = _loaded(
-            "model.config" if model.path is None else "model.path",
-            f"a new {model.architecture}" if model.path is None else model.path,
-            lambda: auto.from_config(
-                config,
-                dtype=torch.float32,
-                attn_implementation=model.attention,
-                trust_remote_code=model.trust_remote_code,
-            ),
-        )
-    else:
-        path = model.path
-        built = _loaded(
-            "model.path",
-            path,
-            lambda: auto.from_pretrained(
-                locate(path),
-                config=config,
-                revision=model.revision,
-                dtype=torch.float32,
-                attn_implementation=model.attention,
-                trust_remote_code=model.trust_remote_code,
-            ),
-        )
+
+    def made(attention: str) -> "PreTrainedModel":
+        torch.manual_seed(seed)
+        common = {
+            "dtype": torch.float32,
+            "attn_implementation": attention,
+            "trust_remote_code": model.trust_remote_code,
+        }
+        found: PreTrainedModel
+        if model.path is None or changes is not None:
+            found = auto.from_config(config, **common)
+        else:
+            found = auto.from_pretrained(locate(model.path), config=config, revision=model.revision, **common)
+        return found
+
+    def load() -> "PreTrainedModel":
+        try:
+            return made(model.attention)
+        except ValueError as error:
+            if model.attention != "sdpa" or "scaled_dot_product_attention" not in str(error):
+                raise
+            return made("eager")  # all that this architecture has
+
+    key = "model.config" if model.path is None else "model.path"
+    built: PreTrainedModel = _loaded(key, model.path or f"a new {model.architecture}", load)
     return built
 
 
@@ -188,7 +190,7 @@ def load_config(model: "ModelSection") -> "PretrainedConfig":
         ) from error
     known = [*default.to_dict(), *getattr(default, "attribute_map", {})]
     for key in model.config:
-        if key not in known:
+        if key not in known and not _reads(default, key):
             raise JobMismatch(
                 f"model.config.{key}",
                 f"`{key}` is not in the config of `{model.architecture}`",
@@ -196,6 +198,16 @@ def load_config(model: "ModelSection") -> "PretrainedConfig":
             )
     config: PretrainedConfig = transformers.AutoConfig.for_model(model.architecture, **model.config)
     return config
+
+
+def _reads(config: "PretrainedConfig", key: str) -> bool:
+    """Whether the code of the architecture asks its config for ``key``, which has no default there."""
+    asked = re.compile(rf"config\.{re.escape(key)}\b|[\"']{re.escape(key)}[\"']")
+    package = type(config).__module__.rpartition(".")[0]
+    for found in importlib.resources.files(package).iterdir():
+        if found.name.startswith("modeling_") and asked.search(found.read_text()):
+            return True
+    return False
 
 
 def _loaded(key: str, source: str, load: Any) -> Any:

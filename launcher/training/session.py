@@ -132,6 +132,8 @@ def _run(
         folder.cut_metrics(start.step)
         if start.step:
             folder.append_event("resumed", step=start.step)
+        if (attention := model.config._attn_implementation) != job.model.attention:
+            folder.append_event("warning", message=f"this model has only `{attention}` attention")
         for pattern in ignored:
             folder.append_event(
                 "warning",

@@ -113,16 +113,11 @@ def test_words_and_environment_arrive_as_they_are_and_nothing_is_run(
     assert not any("SECRET" in path.read_text() for path in files)
 
 
-def test_ssh_and_pdsh_hand_on_words_as_they_are(cluster: Cluster, tmp_path: Path) -> None:
+def test_ssh_hands_on_words_as_they_are(cluster: Cluster, tmp_path: Path) -> None:
     words = [value for value in VALUES.values() if len(value) < 10_000]
     say = [sys.executable, "-c", "import json, sys; print(json.dumps(sys.argv[1:]))", *words]
     done = cluster.on(cluster.head, ssh.argv("node2", say), cwd=tmp_path)
     assert json.loads(done.stdout) == words
-    done = cluster.on(cluster.head, ssh.pdsh_argv(cluster.nodes, say, timeout=20), cwd=tmp_path)
-    answers = dict(line.split(": ", 1) for line in done.stdout.splitlines())
-    assert {node: json.loads(answer) for node, answer in answers.items()} == {"node1": words, "node2": words}
-    failed = cluster.on(cluster.head, ssh.pdsh_argv(cluster.nodes, ["sh", "-c", "exit 3"]), check=False)
-    assert failed.returncode == 3
 
 
 def test_ssh_options_are_the_users(cluster: Cluster) -> None:
