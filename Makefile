@@ -10,7 +10,7 @@ PACKAGES := launcher strategies deploy
 # DeepSpeed compiles its operators when they are first used, and finds ninja by name.
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help install quickstart test lint types check coverage matrix kill-matrix planner-matrix fuzz testbed test-cluster test-trackers clean
+.PHONY: help install quickstart test lint types check coverage matrix kill-matrix planner-matrix fuzz testbed test-cluster test-trackers docs clean
 
 help:  ## show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -21,7 +21,7 @@ install: $(STAMP)  ## fill the virtual environment
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	PYTHONWARNINGS=ignore DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet -c constraints.txt -e '.[example,dev]'
+	PYTHONWARNINGS=ignore DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs,example,lora,dev]'
 	@touch $@
 
 quickstart: $(STAMP)  ## train the example job
@@ -76,6 +76,10 @@ build/trackers: constraints.txt | $(STAMP)
 
 test-trackers: $(STAMP) build/trackers  ## the tests on Weights & Biases and MLflow
 	PYTHONPATH=build/trackers MEMLAUNCH_REQUIRE_TRACKERS=1 $(BIN)/pytest tests/test_trackers.py
+
+docs: $(STAMP)  ## the documentation, into build/docs; what is generated in it is written again
+	$(BIN)/python docs/generate.py
+	$(BIN)/mkdocs build --quiet
 
 clean:  ## remove what the targets made, less the run folders
 	rm -rf $(VENV) .typing .hypothesis .mypy_cache .pytest_cache .ruff_cache .coverage .coverage.* htmlcov build

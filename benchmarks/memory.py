@@ -67,7 +67,11 @@ ENGINES = {
     "ZeRO-1": {"engine": "deepspeed", "zero": {"stage": 1, "bucket_size": 400_000}},
     "ZeRO-2": {"engine": "deepspeed", "zero": {"stage": 2, "bucket_size": 400_000}},
     "ZeRO-3": {"engine": "deepspeed", "zero": {"stage": 3, "bucket_size": 400_000}},
+    "FSDP2 ZeRO-2": {"engine": "torch", "zero": {"stage": 2}},
+    "FSDP2 ZeRO-3": {"engine": "torch", "zero": {"stage": 3}},
 }
+#: FSDP2 is measured on these, the others on all.
+FSDP2_MODELS = ("bert", "llama")
 
 
 @dataclass(frozen=True)
@@ -128,20 +132,22 @@ class Case:
 def cases(device: str) -> Iterator[Case]:
     """Every engine, two of them at two lengths, and every technique, for each architecture."""
     long, short = (512, 256) if device == "cuda" else (160, 96)
+    techniques = {
+        "bf16": ("DDP", "ZeRO-2", "FSDP2 ZeRO-2"),
+        "checkpointing": ("DDP", "ZeRO-3", "FSDP2 ZeRO-3"),
+        "bf16 checkpointing": ("ZeRO-3", "FSDP2 ZeRO-3"),
+        "8-bit": ("DDP", "ZeRO-1"),
+        "frozen": ("ZeRO-2",),
+        "accumulation": ("DDP", "FSDP2 ZeRO-2"),
+    }
     for model in MODELS:
-        for engine in ENGINES:
+        engines = [name for name in ENGINES if model in FSDP2_MODELS or "FSDP2" not in name]
+        for engine in engines:
             yield Case(model, engine, long)
         for engine in ("DDP", "ZeRO-3"):
             yield Case(model, engine, short)
-        for technique, engines in {
-            "bf16": ("DDP", "ZeRO-2"),
-            "checkpointing": ("DDP", "ZeRO-3"),
-            "bf16 checkpointing": ("ZeRO-3",),
-            "8-bit": ("DDP", "ZeRO-1"),
-            "frozen": ("ZeRO-2",),
-            "accumulation": ("DDP",),
-        }.items():
-            for engine in engines:
+        for technique, used in techniques.items():
+            for engine in (name for name in used if name in engines):
                 slow = "bf16" in technique and device == "cpu"
                 yield Case(model, engine, 64 if slow else long, technique, samples=4 if slow else 8)
 
@@ -355,7 +361,7 @@ def peers(case: Case, ranks: int) -> tuple[float, float | None]:
         )
     else:
         _, states = estimate_zero2_model_states_mem_needs(parameters, ranks, cpu_offload=False)
-    return training, None if case.engine == "DDP" else states
+    return training, states if ENGINES[case.engine]["engine"] == "deepspeed" else None
 
 
 def error(predicted: float, measured: float) -> float:
@@ -443,7 +449,7 @@ def _preload() -> None:
 
     import memlaunch.launcher.plan.trace.rehearsal
     import memlaunch.launcher.training.deepspeed_engine
-    import memlaunch.launcher.training.torch_engine
+    import memlaunch.launcher.training.fsdp_engine
 
     assert memlaunch.launcher.training
     os.environ.setdefault("OMP_NUM_THREADS", "1")

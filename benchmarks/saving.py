@@ -4,6 +4,7 @@ Trains the example with a checkpoint every EVERY (20) optimizer steps, and print
 training stood still for them, and how long they took to write beside it.
 """
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,17 @@ JOB = Path(__file__).parents[1] / "examples" / "reviews" / "job.json"
 
 
 def main() -> None:
-    every = int(sys.argv[1]) if len(sys.argv) > 1 else 20
-    argv = [sys.executable, "-m", "memlaunch.launcher.cli", "run", str(JOB)]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("every", metavar="EVERY", nargs="?", type=int, default=20, help="optimizer steps")
+    every = parser.parse_args().every
+    argv = [
+        sys.executable,
+        "-m",
+        "memlaunch.launcher.cli",
+        "run",
+        str(JOB),
+        "--set=training.micro_batch_size=16",
+    ]
     done = subprocess.run(
         [*argv, f"--set=output.checkpoint_every_steps={every}"], stdout=subprocess.PIPE, text=True, check=True
     )

@@ -8,7 +8,6 @@ The first SIGTERM, SIGINT or SIGHUP asks the ranks to stop, the second ends them
 a job of SLURM whose ranks were asked to stop by the system goes back into the queue.
 """
 
-import contextlib
 import json
 import os
 import signal
@@ -21,7 +20,7 @@ from types import FrameType
 
 from memlaunch.launcher import outcome, slurm_job
 from memlaunch.launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED
-from memlaunch.launcher.node import end_descendants, end_with_parent
+from memlaunch.launcher.node import end_descendants, end_with_parent, wait
 from memlaunch.launcher.outcome import Outcome
 from memlaunch.launcher.rundir import ENVIRONMENT_VARIABLE, RunDir, read_lines
 
@@ -107,8 +106,7 @@ def _attempt(
             killed = True
             process.kill()
             end_descendants()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(TURN)
+        wait(process, TURN)
     return outcome.of(folder, 1 if killed else process.returncode, since)
 
 

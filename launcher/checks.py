@@ -1,15 +1,17 @@
 """The checks of a job that need more than one key, a file, or a feature that is not there yet."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from memlaunch.launcher import data_files, model_files
+from memlaunch.launcher import data_files, entry, model_files
+from memlaunch.launcher.errors import UserError
 from memlaunch.launcher.job import ClusterSection, Job, ScriptSection, batch_of, setup_of
 from memlaunch.launcher.keys import KeyPath, closest, dotted
 from memlaunch.launcher.layout import Layout
 from memlaunch.launcher.paths import BadPath, beside, kind
+from memlaunch.launcher.plan import auto, gpus
 from memlaunch.launcher.scanner import kind_of
 from memlaunch.launcher.translate import shell, slurm
 from memlaunch.strategies import TECHNIQUES, patterns
@@ -85,6 +87,9 @@ _DEEPSPEED = (
     "zero_optimization"
 )
 
+#: Tasks whose labels are classes.
+CLASSIFIES = ("sequence-classification", "token-classification")
+
 _BATCH_KEYS = (
     "training.global_batch_size",
     "training.micro_batch_size",
@@ -101,10 +106,10 @@ def check(job: Job, base: Path, layout: Layout) -> Iterator[Conflict]:
     if "model" in job.model_fields_set:
         yield from _check_model(job, base)
         yield from _check_patterns(job, base)
-    if "data" in job.model_fields_set:
+    if "data" in job.model_fields_set and job.model.entry is None:
         yield from _check_data(job, base)
     yield from _check_training(job, layout.ranks)
-    yield from _check_strategy(job, layout.ranks)
+    yield from check_strategy(job, layout.ranks)
     yield from _check_cluster(job.cluster, layout, job.script is not None)
     yield from _check_slurm(job.cluster, layout, base)
     yield from _check_output(job, base)
@@ -114,6 +119,8 @@ def _check_sections(job: Job) -> Iterator[Conflict]:
     """A job trains a model on data, or runs a script."""
     for name, example in (("model", '{"path": "bert-base-uncased"}'), ("data", '{"train": "train.jsonl"}')):
         given = name in job.model_fields_set
+        if name == "data" and job.model.entry is not None and job.script is None:
+            continue
         if job.script is None and not given:
             hint = f'add `"{name}": {example}`, for example, or a `script` in the place of both'
             yield Conflict(name, "there is none", hint)
@@ -131,13 +138,32 @@ def _check_script(script: ScriptSection, base: Path) -> Iterator[Conflict]:
             yield Conflict(f"script.{key}", str(error), error.hint)
 
 
+def _check_entry(job: Job, name: str, base: Path) -> Iterator[Conflict]:
+    """A model of the user's own brings its data and its loss."""
+    try:
+        entry.locate(name, base)
+    except BadPath as error:
+        yield Conflict("model.entry", str(error), error.hint)
+    sections = (("model", job.model, ("entry", "config")), ("data", job.data, ("batching",)))
+    for section, settings, own in sections:
+        for key in changed(settings, *(key for key in type(settings).model_fields if key not in own)):
+            hint = "remove it, or the `entry`"
+            yield Conflict(f"{section}.{key}", "an `entry` brings its own", hint, ("model.entry",))
+    if job.data.batching.mode == "packed":
+        hint = "use `bucketed` or `random`"
+        yield Conflict("data.batching.mode", "samples of an `entry` cannot be packed", hint, ("model.entry",))
+
+
 def _check_model(job: Job, base: Path) -> Iterator[Conflict]:
     model = job.model
+    if model.entry is not None:
+        yield from _check_entry(job, model.entry, base)
+        return
     if model.path is None and model.architecture is None:
         yield Conflict(
             "model",
             "there is neither a `path` nor an `architecture`",
-            'add `"path"`',
+            'add `"path"`, or an `"entry"` for a model of your own',
             ("model.path", "model.architecture"),
         )
     if model.path is not None and model.architecture is not None:
@@ -188,7 +214,7 @@ def _check_model(job: Job, base: Path) -> Iterator[Conflict]:
                 yield from _check_folder(
                     "model.tokenizer", model.tokenizer, folder, model_files.check_tokenizer
                 )
-    if model.task != "sequence-classification" and model.num_labels is not None:
+    if model.task not in CLASSIFIES and model.num_labels is not None:
         yield Conflict("model.num_labels", f"`{model.task}` has no labels", "remove it", ("model.task",))
     if model.attention == "flash_attention_2":
         if job.cluster.device == "cpu":
@@ -215,15 +241,19 @@ def _check_folder(
 
 def _check_data(job: Job, base: Path) -> Iterator[Conflict]:
     data = job.data
-    classifies = job.model.task == "sequence-classification"
-    if data.label is not None and not classifies:
+    if not data.train:
+        hint = 'add `"train": "train.jsonl"`, for example'
+        yield Conflict("data.train", "there is none", hint, ("data",))
+    if data.label is not None and job.model.task not in CLASSIFIES:
         yield Conflict("data.label", f"`{job.model.task}` has no labels", "remove it", ("model.task",))
-    if isinstance(data.text, list) and not classifies:
+    if data.target is not None and job.model.task != "seq2seq-lm":
+        yield Conflict("data.target", f"`{job.model.task}` writes no text", "remove it", ("model.task",))
+    if isinstance(data.text, list) and job.model.task != "sequence-classification":
         yield Conflict(
             "data.text", f"`{job.model.task}` takes one text, not a pair", "name one column", ("model.task",)
         )
     for key, path in (("data.train", data.train), ("data.eval", data.eval)):
-        if path is None:
+        if not path:
             continue
         try:
             file = data_files.locate(path, base)
@@ -250,17 +280,21 @@ def _check_data(job: Job, base: Path) -> Iterator[Conflict]:
 
 
 def _check_columns(job: Job, source_key: str, path: str, record: Mapping[str, Any]) -> Iterator[Conflict]:
-    text = job.data.text
+    text, task = job.data.text, job.model.task
     columns = (
         {"data.text": text} if isinstance(text, str) else {f"data.text[{i}]": t for i, t in enumerate(text)}
     )
+    if task == "seq2seq-lm":
+        columns["data.target"] = job.data.target or "target"
+    words = task == "token-classification"
     for key, column in columns.items():
         if column not in record:
             yield _no_column(key, column, source_key, path, record)
-        elif not isinstance(record[column], str):
-            message = f"the column `{column}` of `{path}` is {_kind(record[column])}, not text"
+        elif not (_is_list(record[column], _is_text) if words else _is_text(record[column])):
+            wanted = "a list of words" if words else "text"
+            message = f"the column `{column}` of `{path}` is {_kind(record[column])}, not {wanted}"
             yield Conflict(key, message, _columns(record), (source_key,))
-    if job.model.task != "sequence-classification":
+    if task not in CLASSIFIES:
         return
     label = job.data.label or "label"
     if label not in record:
@@ -269,14 +303,23 @@ def _check_columns(job: Job, source_key: str, path: str, record: Mapping[str, An
             hint = f'{conflict.hint}; to train a language model, set `"task": "causal-lm"`'
             conflict = Conflict(conflict.key, conflict.message, hint, conflict.others)
         yield conflict
-    elif not _is_class(record[label]):
+    elif not (_is_list(record[label], _is_class) if words else _is_class(record[label])):
         shown = _kind(record[label])
         yield Conflict(
             "data.label",
-            f"the column `{label}` of `{path}` is {shown}, not a class",
+            f"the column `{label}` of `{path}` is {shown}, not "
+            + ("a list with a class for each word" if words else "a class"),
             "a class is a name or a whole number from 0",
             (source_key,),
         )
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_list(value: Any, of: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and all(map(of, value))
 
 
 def _is_class(value: Any) -> bool:
@@ -323,6 +366,10 @@ def _check_batching(job: Job, base: Path) -> Iterator[Conflict]:
     if batching.max_tokens is None:
         return
     key = "data.batching.max_tokens"
+    if job.model.task == "seq2seq-lm":
+        hint = "give `training.micro_batch_size` in its place"
+        message = "it bounds one length, and a sample of `seq2seq-lm` has two"
+        yield Conflict(key, message, hint, ("model.task",))
     if training.global_batch_size is None:
         yield Conflict(
             key,
@@ -353,17 +400,10 @@ def _check_batching(job: Job, base: Path) -> Iterator[Conflict]:
 
 def _check_training(job: Job, ranks: int) -> Iterator[Conflict]:
     training = job.training
-    if training.micro_batch_size == "auto":
-        yield Conflict(
-            "training.micro_batch_size",
-            "nothing can choose it yet",
-            "give a number, or leave it out: then it follows from the other batch sizes, or is 8",
-        )
-    else:
-        try:
-            batch_of(job, ranks)
-        except BatchError as error:
-            yield Conflict(f"training.{error.key}", str(error), error.hint, _BATCH_KEYS)
+    try:
+        batch_of(job, ranks)
+    except BatchError as error:
+        yield Conflict(f"training.{error.key}", str(error), error.hint, _BATCH_KEYS)
     if training.epochs is not None and training.max_steps is not None:
         yield Conflict(
             "training.max_steps",
@@ -385,17 +425,27 @@ def _check_training(job: Job, ranks: int) -> Iterator[Conflict]:
             "use fewer",
             ("training.max_steps",),
         )
-    if training.eval_every_steps is not None and job.data.eval is None:
+    if training.eval_every_steps is not None and job.data.eval is None and job.model.entry is None:
         yield Conflict(
             "training.eval_every_steps", "there is nothing to evaluate on", "add `data.eval`", ("data.eval",)
         )
 
 
-def _check_strategy(job: Job, ranks: int) -> Iterator[Conflict]:
+def check_open(job: Job, keys: Iterable[str]) -> Iterator[Conflict]:
+    """Keys that say ``"auto"`` where the planner cannot choose."""
+    for key in sorted(keys):
+        if job.script is not None or job.model.entry is not None:
+            what, at = ("script", "script") if job.script is not None else ("model", "model.entry")
+            hint = "give a value: the planner knows the models of transformers only"
+            yield Conflict(key, f"the planner cannot tell what a {what} of your own needs", hint, (at,))
+        elif job.data.batching.max_tokens is not None and key in auto.SIZES:
+            at = "data.batching.max_tokens"
+            yield Conflict(key, f"`{at}` stands in its place", "remove one of them", (at,))
+
+
+def check_strategy(job: Job, ranks: int) -> Iterator[Conflict]:
+    """What in the strategy of a job cannot stand together."""
     strategy = job.strategy
-    if strategy.engine == "auto":
-        yield Conflict("strategy.engine", "nothing can choose it yet", "use `torch` or `deepspeed`")
-        return
     try:
         batch = batch_of(job, ranks)
     except BatchError:
@@ -456,8 +506,17 @@ def check_patterns(job: Job, parameters: model_files.Parameters) -> Iterator[Con
         f"strategy.optimizer.overrides[{i}].modules": override.modules
         for i, override in enumerate(job.strategy.optimizer.overrides)
     }
+    adapted = {
+        f"strategy.lora.{name}[{i}]": pattern
+        for name in ("modules", "train")
+        for i, pattern in enumerate(getattr(job.strategy.lora, name, None) or ())
+    }
+    blocks = {
+        f"strategy.activation_checkpointing.blocks[{i}]": pattern
+        for i, pattern in enumerate(job.strategy.activation_checkpointing.blocks or ())
+    }
     frozen: set[str] = set()
-    for key, pattern in (freeze | overrides).items():
+    for key, pattern in (freeze | overrides | adapted | blocks).items():
         covered = patterns.select(pattern, parameters.names, parameters.prefixes)
         if not covered:
             yield Conflict(key, *_no_match(pattern, parameters), ("model.path",))
@@ -511,6 +570,8 @@ def _check_cluster(cluster: ClusterSection, layout: Layout, is_script: bool) -> 
             "name a `hostfile`, or use the launcher `slurm`",
             ("cluster.launcher",),
         )
+    if cluster.gpu is not None:
+        yield from _check_gpu(cluster.gpu, cluster.device)
     for name in ("include", "exclude"):
         if getattr(cluster, name) is not None and cluster.hostfile is None:
             yield Conflict(f"cluster.{name}", "there is no hostfile to choose from", "name a `hostfile`")
@@ -547,6 +608,17 @@ def _check_cluster(cluster: ClusterSection, layout: Layout, is_script: bool) -> 
                 yield Conflict(at, f"`{chooser}` chooses the GPUs", "remove one of them", (chooser,))
             elif key == "pass_env" and name in cluster.env:
                 yield Conflict(at, f"`{name}` has a value in `cluster.env`", "remove one of them")
+
+
+def _check_gpu(name: str, device: str) -> Iterator[Conflict]:
+    """A GPU that the planner does not know, or that nothing is to run on."""
+    try:
+        gpus.find(name)
+    except UserError as error:
+        yield Conflict("cluster.gpu", error.message, error.hint or "")
+    if device == "cpu":
+        message = "it names a GPU, and the ranks compute on the CPU"
+        yield Conflict("cluster.gpu", message, "remove it, or the `device`", ("cluster.device",))
 
 
 def _check_slurm(cluster: ClusterSection, layout: Layout, base: Path) -> Iterator[Conflict]:

@@ -1,6 +1,7 @@
 """The command ``memlaunch``: each subcommand a few lines that call the room that does it."""
 
 import json
+import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -8,23 +9,41 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from memlaunch.launcher.errors import UserError, wants_colour
+from memlaunch.launcher.errors import EXIT_MEMORY, UserError, wants_colour
 
 if TYPE_CHECKING:
     from memlaunch.launcher.job import Job
     from memlaunch.launcher.resolve import ResolvedJob
+    from memlaunch.launcher.source import Document
     from memlaunch.strategies.technique import Conflict
 
 app = typer.Typer(
     help="Train under tight GPU memory: one job file, on one GPU, a machine or a cluster.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="The job file, such as job.json.")]
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, as `run` prints it.")]
+
+def _complete(kind: str) -> dict[str, Any]:
+    """What a shell completes a word to; :mod:`memlaunch.launcher.completion` is loaded only when it asks."""
+
+    def words(incomplete: str) -> list[str]:
+        from memlaunch.launcher import completion
+
+        return completion.words(kind, incomplete)
+
+    return {"autocompletion": words}
+
+
+_DATA, _TASK = _complete("data"), _complete("task")
+
+JobFile = Annotated[
+    Path, typer.Argument(metavar="JOB", help="The job file, such as job.json.", **_complete("job"))
+]
+RunFolder = Annotated[
+    Path, typer.Argument(metavar="RUN", help="A run folder, as `run` prints it.", **_complete("run"))
+]
 Sets = Annotated[
     list[str] | None,
     typer.Option(
@@ -32,6 +51,7 @@ Sets = Annotated[
         metavar="KEY=VALUE",
         help="Another value for a key, such as training.max_steps=10 or strategy.freeze[0]=embeddings. "
         "JSON, or else a string. May be given several times.",
+        **_complete("set"),
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
@@ -82,7 +102,11 @@ def run(
         ),
     ] = "never",
     force: Annotated[
-        bool, typer.Option("--force", help="Go on although the job learns something else now.")
+        bool,
+        typer.Option("--force", help="Go on although the job learns something else now, or will not fit."),
+    ] = False,
+    planned: Annotated[
+        bool, typer.Option("--plan", help='Plan the job first, although nothing in it is "auto".')
     ] = False,
 ) -> None:
     """Train. Prints the run folder last."""
@@ -90,6 +114,8 @@ def run(
 
     document = resolve.read(job, sets or ())
     resolved = resolve.from_document(document, job, _check)
+    if dry_run or not launch.stands_by(resolved):
+        resolved = _planned(resolved, document, job, always=planned, force=force, go_on=resume)
     if dry_run:
         for name, text in translate.files(resolved).items():
             print(f"==> {name} <==\n{text}")
@@ -122,6 +148,9 @@ def validate(
         print(json.dumps(report, indent=2, ensure_ascii=False))
     else:
         print(f"{job} is valid: {resolved.summary()}", file=sys.stderr)
+        _say_model(resolved)
+        unplanned = resolved.job.script is not None or resolved.job.model.entry is not None
+        _next("run" if unplanned else "plan", str(job), *(f"--set={one}" for one in sets or ()))
 
 
 @app.command()
@@ -129,25 +158,51 @@ def plan(
     job: JobFile,
     sets: Sets = None,
     gpu: Annotated[
-        str | None, typer.Option("--gpu", metavar="NAME", help="Plan its memory too, on this GPU: H100-80GB.")
+        str | None,
+        typer.Option(
+            "--gpu",
+            metavar="NAME",
+            help="On this GPU, such as H100-80GB; default: as it would run.",
+            **_complete("gpu"),
+        ),
     ] = None,
     nodes: Annotated[int | None, typer.Option("--nodes", min=1, help="On so many machines.")] = None,
+    probed: Annotated[
+        bool,
+        typer.Option(
+            "--probe", help="Also try it on the machines of the job: two steps, and nothing is kept."
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Work out what a run will be like: its batches over the job's own data; with --gpu, memory and time."""
+    """Work out what a run will be like: its batches over the job's own data, its memory and its time."""
     from memlaunch.launcher import plan as planning
-    from memlaunch.launcher.plan import memory, report
+    from memlaunch.launcher import resolve
+    from memlaunch.launcher.plan import choice, machine, memory, probe, report
+    from memlaunch.launcher.plan.traces import Tracer, default_cache
 
-    document, resolved, keys = memory.read(job, sets or ())
-    parts: dict[str, Any] = {"batches": planning.batches(resolved, document)}
-    if gpu is not None:
-        parts |= memory.plan(document, resolved, keys, gpu, nodes)
+    if probed and (gpu or nodes):
+        raise UserError("a probe runs on the machines of the job", "leave out `--gpu` and `--nodes`")
+    document = resolve.read(job, sets or ())
+    resolved = resolve.from_document(document, job, _check)
+    memory.check(resolved)
+    on = machine.of(resolved, gpu)
+    with Tracer(on.device, cache=default_cache()) as tracer:
+        parts: dict[str, Any] = {"batches": planning.batches(resolved, document, tracer)}
+        parts |= memory.plan(document, resolved, on, nodes, tracer)
+    if probed:
+        parts["probe"] = probe.probe(choice.settled(resolved, document, job, parts, _check), document)
     if as_json:
         print(json.dumps(parts, indent=2))
-        return
-    print(planning.table(parts["batches"]))
-    if gpu is not None:
+    else:
+        print(planning.table(parts["batches"]))
         print(f"\n{report.text(parts)}")
+    if probed and not as_json:
+        print(f"\n{probe.text(parts['probe'])}")
+    if parts.get("probe", parts)["fits"] is not False and not as_json:
+        _next("run", str(job), *(f"--set={one}" for one in sets or ()))
+    if not parts.get("probe", parts)["fits"]:
+        raise typer.Exit(EXIT_MEMORY)
 
 
 @app.command()
@@ -160,7 +215,9 @@ def translate(
     from memlaunch.launcher import resolve
     from memlaunch.launcher import translate as translation
 
-    files = translation.files(resolve.load(job, sets or (), _check))
+    document = resolve.read(job, sets or ())
+    resolved = resolve.from_document(document, job, _check)
+    files = translation.files(_planned(resolved, document, job))
     if out.exists() and not out.is_dir():
         raise UserError(f"`{out}` is a file", "name a folder for `--out`")
     if out.is_dir() and {path.name for path in out.iterdir()} - set(files):
@@ -174,20 +231,24 @@ def translate(
 
 @app.command()
 def submit(
-    jobs: Annotated[list[Path], typer.Argument(metavar="JOB...", help="Job files; several become an array.")],
+    jobs: Annotated[
+        list[Path],
+        typer.Argument(metavar="JOB...", help="Job files; several become an array.", **_complete("job")),
+    ],
     sets: Sets = None,
 ) -> None:
     """Submit a job to SLURM, or several as one array. Prints the run folders."""
     from memlaunch.launcher import launch, resolve
 
     documents = [resolve.read(job, sets or ()) for job in jobs]
-    resolved = [resolve.from_document(*read, _check) for read in zip(documents, jobs, strict=True)]
-    for one in resolved:
+    read = [resolve.from_document(*pair, _check) for pair in zip(documents, jobs, strict=True)]
+    for one in read:
         if one.job.cluster.launcher != "slurm":
             raise UserError(
                 f"`{one.job.cluster.launcher}` has no queue to submit to",
                 "use `memlaunch run`, or set `cluster.launcher` to `slurm`",
             )
+    resolved = [_planned(*job) for job in zip(read, documents, jobs, strict=True)]
     if len(jobs) > 1:
         folders = launch.submit_array(list(zip(resolved, documents, strict=True)))
     else:
@@ -200,7 +261,8 @@ def submit(
 @app.command()
 def status(
     run: Annotated[
-        Path | None, typer.Argument(metavar="RUN", help="A run folder; default: all below `runs`.")
+        Path | None,
+        typer.Argument(metavar="RUN", help="A run folder; default: all below `runs`.", **_complete("run")),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -247,7 +309,9 @@ def stop(
 
 @app.command()
 def report(
-    folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Several are compared.")],
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Several are compared.", **_complete("run"))
+    ],
     out: Annotated[
         Path | None,
         typer.Option("--out", metavar="FILE", help="The page to write; default for a single run: in it."),
@@ -262,7 +326,8 @@ def report(
 @app.command()
 def doctor(
     job: Annotated[
-        Path | None, typer.Argument(metavar="JOB", help="Default: none, and this machine alone.")
+        Path | None,
+        typer.Argument(metavar="JOB", help="Default: none, and this machine alone.", **_complete("job")),
     ] = None,
     sets: Sets = None,
     as_json: AsJson = False,
@@ -287,11 +352,22 @@ def schema() -> None:
 
 @app.command()
 def init(
-    data: Annotated[str | None, typer.Option("--data", metavar="FILE", help="The training data.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", metavar="FILE", help="The training data; default: the one here.", **_DATA),
+    ] = None,
     model: Annotated[
         str | None, typer.Option("--model", help="A Hugging Face id, a folder, or package:NAME/FOLDER.")
     ] = None,
-    task: Annotated[str | None, typer.Option("--task", help="sequence-classification or causal-lm.")] = None,
+    task: Annotated[
+        str | None, typer.Option("--task", help="sequence-classification or causal-lm.", **_TASK)
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option("--text", metavar="COLUMN", help="The column of the text.")
+    ] = None,
+    label: Annotated[
+        str | None, typer.Option("--label", metavar="COLUMN", help="The column of the class.")
+    ] = None,
     gpus: Annotated[int | None, typer.Option("--gpus", min=0, help="GPUs to use; 0 is the CPU.")] = None,
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The job file to write.")] = Path(
         "job.json"
@@ -301,10 +377,21 @@ def init(
     from memlaunch.launcher import init as first
 
     interactive = sys.stdin.isatty() and sys.stderr.isatty()
-    answers = first.Answers(data=data, model=model, task=task, gpus=gpus, out=out)
-    resolved = first.write(answers, _ask if interactive else None)
+    answers = first.Answers(data=data, model=model, task=task, text=text, label=label, gpus=gpus, out=out)
+    resolved = first.write(answers, _ask if interactive else None, lambda said: print(said, file=sys.stderr))
     print(f"{out} is valid: {resolved.summary()}", file=sys.stderr)
+    _say_model(resolved)
+    _next("validate", str(out))
     print(out)
+
+
+def _planned(resolved: "ResolvedJob", document: "Document", job: Path, **how: Any) -> "ResolvedJob":
+    """The job with nothing left open; the planner is loaded only where there is something to plan."""
+    if not (resolved.open or how.get("always")):
+        return resolved
+    from memlaunch.launcher.plan import choice
+
+    return choice.made(resolved, document, job, _check, **how)
 
 
 def _check(job: "Job", base: Path) -> "Iterable[Conflict]":
@@ -317,6 +404,19 @@ def _deep_check(job: "Job", base: Path) -> "Iterable[Conflict]":
     from memlaunch.launcher import deep
 
     return [*deep.check_keys(job, base), *deep.check(job, base)]
+
+
+def _next(*words: str) -> None:
+    """Name the command to type next."""
+    print(f"next: {shlex.join(['memlaunch', *words])}", file=sys.stderr)
+
+
+def _say_model(resolved: "ResolvedJob") -> None:
+    """Say where the model comes from, where that is not this machine."""
+    from memlaunch.launcher import model_files
+
+    if (note := model_files.to_fetch(resolved.job.model.path)) is not None:
+        print(note, file=sys.stderr)
 
 
 def _ask(question: str, default: str | None) -> str:
@@ -335,6 +435,7 @@ def _figures(resolved: "ResolvedJob") -> dict[str, Any]:
         "global_batch_size": batch.global_batch_size,
         "micro_batch_size": batch.micro_batch_size,
         "gradient_accumulation_steps": batch.gradient_accumulation_steps,
+        "auto": sorted(resolved.open),
     }
 
 

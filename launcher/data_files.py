@@ -1,6 +1,8 @@
 """What is known of a data file without reading all of it: its columns, and the first record."""
 
+import contextlib
 import csv
+import itertools
 import json
 import re
 from collections.abc import Callable
@@ -58,6 +60,28 @@ def first_record(file: Path) -> Record:
         return reader(file)
     except OSError as error:
         raise BadPath(f"cannot be read: {error.strerror or error}", "look at the permissions") from None
+
+
+def records(file: Path, most: int) -> list[Record]:
+    """The first records of ``file``, at most so many, less the lines that are none; else as for
+    :func:`first_record`.
+    """
+    first = first_record(file)
+    found = []
+    if file.suffix.lower() == ".jsonl":
+        with file.open("rb") as lines:
+            for line in itertools.islice(lines, most):
+                with contextlib.suppress(ValueError, RecursionError):
+                    found.append(json.loads(line))
+    elif file.suffix.lower() == ".csv":
+        with file.open(encoding="utf-8-sig", newline="", errors="replace") as stream:
+            found = list(itertools.islice(csv.DictReader(stream), most))
+    elif file.suffix.lower() == ".parquet":
+        import pyarrow.parquet as pq
+
+        found = next(pq.ParquetFile(file).iter_batches(batch_size=most)).to_pylist()
+    whole = [record for record in found if isinstance(record, dict) and record.keys() == first.keys()]
+    return whole or [first]
 
 
 def _json_lines(file: Path) -> Record:
@@ -124,6 +148,10 @@ def _saved_folder(folder: Path) -> Record:
 
 def _example(feature: Any) -> Any:
     """A value of the type that ``dataset_info.json`` gives for a column."""
+    if isinstance(feature, list):
+        return [_example(each) for each in feature]
+    if isinstance(feature, dict) and feature.get("_type") in ("List", "LargeList", "Sequence"):
+        return [_example(feature.get("feature"))]
     kind = feature.get("dtype", "") if isinstance(feature, dict) else ""
     if isinstance(feature, dict) and feature.get("_type") == "ClassLabel":
         return 0
@@ -144,3 +172,6 @@ def _files_near(path: str, file: Path) -> str:
 
 
 _READERS: dict[str, Callable[[Path], Record]] = {".jsonl": _json_lines, ".csv": _csv, ".parquet": _parquet}
+
+#: How the names of the files end that can be read.
+SUFFIXES = frozenset(_READERS)

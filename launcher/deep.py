@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
 _CLASSES: dict[Task, str] = {
     "sequence-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
     "causal-lm": "AutoModelForCausalLM",
+    "masked-lm": "AutoModelForMaskedLM",
+    "seq2seq-lm": "AutoModelForSeq2SeqLM",
 }
 
 

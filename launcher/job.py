@@ -15,6 +15,7 @@ from memlaunch.strategies import patterns
 from memlaunch.strategies.accumulation import LARGEST_BATCH, Batch, solve_batch
 from memlaunch.strategies.batching import BatchingSettings
 from memlaunch.strategies.checkpointing import CheckpointingSettings
+from memlaunch.strategies.lora import LoraSettings
 from memlaunch.strategies.optimizer import OptimizerSettings
 from memlaunch.strategies.padding import PaddingSettings
 from memlaunch.strategies.precision import PrecisionSettings
@@ -22,7 +23,7 @@ from memlaunch.strategies.settings import Settings
 from memlaunch.strategies.sharding import ZeroSettings
 from memlaunch.strategies.technique import Device, Setup
 
-Task = Literal["sequence-classification", "causal-lm"]
+Task = Literal["sequence-classification", "token-classification", "causal-lm", "masked-lm", "seq2seq-lm"]
 Launcher = Literal["torchrun", "deepspeed", "mpirun", "slurm"]
 Tracker = Literal["tensorboard", "wandb", "mlflow"]
 PositiveInt = Annotated[int, Field(ge=1, le=LARGEST_BATCH)]
@@ -63,8 +64,13 @@ def _folder_name(value: str) -> str:
 ShellText = Annotated[str, AfterValidator(_without_nul)]
 
 
+def _without_default(schema: dict[str, Any]) -> None:
+    """What is missing where there is a `script` or an `entry` has no default that anyone could write."""
+    del schema["default"]
+
+
 class ModelSection(Settings):
-    """The model and what it is trained for: a `path`, or an `architecture` with random weights."""
+    """The model and its task: a `path`, an `architecture` with random weights, or an `entry`."""
 
     path: str | None = Field(
         default=None,
@@ -82,8 +88,16 @@ class ModelSection(Settings):
         description="In the place of `path`: a model type of transformers, such as `bert`, built with random "
         "weights.",
     )
+    entry: str | None = Field(
+        default=None,
+        min_length=1,
+        description="In the place of `path` and `data`: `MODULE:FUNCTION`, a function of yours in a module "
+        "beside the job file. It returns a `memlaunch.launcher.Entry`: any torch module, its data, its loss.",
+        examples=["my_module:build"],
+    )
     config: dict[str, JsonValue] = Field(
-        default_factory=dict, description="Keys of the transformers config of `architecture`."
+        default_factory=dict,
+        description="Keys of the transformers config of `architecture`, or the arguments of the `entry`.",
     )
     tokenizer: str | None = Field(
         default=None,
@@ -104,22 +118,32 @@ class ModelSection(Settings):
 
 
 class DataSection(Settings):
-    """The samples and how they become batches."""
+    """The samples and how they become batches. An `entry` brings its own; only `batching` goes with it."""
 
     train: str = Field(
+        default="",
         min_length=1,
         description="What to train on: a `.jsonl`, `.csv` or `.parquet` file, a folder saved by `datasets`, "
         "or `NAME:SPLIT` of the Hugging Face hub.",
         examples=["train.jsonl"],
+        json_schema_extra=_without_default,
     )
     eval: str | None = Field(
         default=None, min_length=1, description="What to evaluate on, written as for `train`."
     )
     text: str | Annotated[list[str], Field(min_length=2, max_length=2)] = Field(
-        default="text", description="The column that holds the text; two for a pair of texts."
+        default="text",
+        description="The column that holds the text; two for a pair of texts. For token-classification, a "
+        "list of words.",
     )
     label: str | None = Field(
-        default=None, description="The column that holds the class; default for a classification: `label`."
+        default=None,
+        description="The column that holds the class, or for token-classification the list of the words' "
+        "classes; default for a classification: `label`.",
+    )
+    target: str | None = Field(
+        default=None,
+        description="The column that holds the text to be written; default for seq2seq-lm: `target`.",
     )
     skip_bad_lines: int = Field(
         default=0,
@@ -128,7 +152,7 @@ class DataSection(Settings):
         "more of them ends the run.",
     )
     max_length: int | None = Field(
-        default=None, ge=4, description="Tokens that a sample is cut to; default: the tokenizer's limit."
+        default=None, ge=4, description="Tokens that a text is cut to; default: the tokenizer's limit."
     )
     padding: PaddingSettings = Field(
         default=PaddingSettings(), description="How the samples of a micro-batch are made equally long."
@@ -148,10 +172,14 @@ class TrainingSection(Settings):
         default=None, description="Samples of an optimizer step, over all ranks."
     )
     micro_batch_size: PositiveInt | Literal["auto"] | None = Field(
-        default=None, description="Samples that one rank holds in memory at once."
+        default=None,
+        description="Samples that one rank holds in memory at once; `auto`: as many as fit and pay. Default: "
+        "what the other two leave, at most 8.",
     )
-    gradient_accumulation_steps: PositiveInt | None = Field(
-        default=None, description="Micro-batches of one rank in an optimizer step."
+    gradient_accumulation_steps: PositiveInt | Literal["auto"] | None = Field(
+        default=None,
+        description="Micro-batches of one rank in an optimizer step; `auto`: as the micro-batch needs. "
+        "Default: what the other two leave, or 1.",
     )
     epochs: int | None = Field(
         default=None,
@@ -206,7 +234,8 @@ class StrategySection(Settings):
     """The engine and the techniques that save memory."""
 
     engine: Literal["torch", "deepspeed", "auto"] = Field(
-        default="torch", description="What runs the optimizer steps: torch's DDP, or DeepSpeed."
+        default="torch",
+        description="What runs the optimizer steps: torch's DDP, or DeepSpeed; `auto`: the planner's choice.",
     )
     zero: ZeroSettings = Field(
         default=ZeroSettings(), description="What is sharded over the ranks or kept in host memory."
@@ -224,6 +253,11 @@ class StrategySection(Settings):
         default_factory=list,
         description="Modules that are not trained: paths from the root of the model or of its base model, "
         "with globs and Python slices, such as `embeddings` and `encoder.layer[:2]`.",
+    )
+    lora: LoraSettings | None = Field(
+        default=None,
+        description="Low-rank adapters, trained in the place of the model; `{}` for the usual ones. Needs "
+        "the extra `lora` of the package.",
     )
     deepspeed: dict[str, JsonValue] = Field(
         default_factory=dict,
@@ -276,6 +310,12 @@ class ClusterSection(Settings):
     device: Literal["auto", "cuda", "cpu"] = Field(
         default="auto", description="Where the ranks compute; `auto`: on GPUs where there are some."
     )
+    gpu: str | None = Field(
+        default=None,
+        min_length=1,
+        description="The GPUs of the machines, such as `H100-80GB`: what the planner plans for where this "
+        "machine has none of them. Default: the GPU of this machine.",
+    )
     threads_per_rank: PositiveInt | None = Field(
         default=None, description="CPU threads of a rank; default: cores / ranks."
     )
@@ -327,20 +367,21 @@ class OutputSection(Settings):
     )
 
 
-def _without_default(schema: dict[str, Any]) -> None:
-    """A section that is missing where there is a `script` has no default that anyone could write."""
-    del schema["default"]
-
-
 class Job(Settings):
-    """A training job of memlaunch: `model` and `data`, or a `script`.
+    """A training job of memlaunch: `model` and `data`, a `model` with an `entry`, or a `script`.
 
     Paths are relative to the job file. A section with one leading choice may be written as that choice:
     `"precision": "bf16"` is `"precision": {"dtype": "bf16"}`.
     """
 
     model_config = ConfigDict(
-        json_schema_extra={"anyOf": [{"required": ["model", "data"]}, {"required": ["script"]}]}
+        json_schema_extra={
+            "anyOf": [
+                {"required": ["model", "data"], "properties": {"data": {"required": ["train"]}}},
+                {"required": ["model"], "properties": {"model": {"required": ["entry"]}}},
+                {"required": ["script"]},
+            ]
+        }
     )
 
     json_schema: str | None = Field(
@@ -404,6 +445,7 @@ def setup_of(job: Job, batch: Batch, world_size: int, device: Device) -> Setup:
         activation_checkpointing=strategy.activation_checkpointing,
         optimizer=strategy.optimizer,
         freeze=tuple(strategy.freeze),
+        lora=strategy.lora,
     )
 
 
@@ -416,5 +458,7 @@ def batch_of(job: Job, ranks: int) -> Batch:
     training = job.training
     if job.data.batching.max_tokens is not None:
         return Batch(training.global_batch_size or ranks, 1, 1)
-    micro = None if training.micro_batch_size == "auto" else training.micro_batch_size
-    return solve_batch(ranks, training.global_batch_size, micro, training.gradient_accumulation_steps)
+    micro, steps = training.micro_batch_size, training.gradient_accumulation_steps
+    assert micro != "auto"
+    assert steps != "auto"
+    return solve_batch(ranks, training.global_batch_size, micro, steps)

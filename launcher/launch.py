@@ -1,6 +1,7 @@
 """Starts a run, shows how it goes, and turns how it ended into an exit code."""
 
 import contextlib
+import json
 import os
 import shlex
 import signal
@@ -12,10 +13,10 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from memlaunch.launcher import outcome, resume, rundir, slurm_job, translate
+from memlaunch.launcher import entry, outcome, resume, rundir, slurm_job, translate
 from memlaunch.launcher.errors import EXIT_INTERRUPTED, EXIT_STOPPED, UserError
-from memlaunch.launcher.monitor import Monitor
-from memlaunch.launcher.node import end_with_parent
+from memlaunch.launcher.monitor import Monitor, next_command, summary
+from memlaunch.launcher.node import end_with_parent, wait
 from memlaunch.launcher.outcome import Outcome
 from memlaunch.launcher.rundir import read_lines
 from memlaunch.launcher.translate import slurm
@@ -49,11 +50,14 @@ def run(
             finds none.
     """
     by_slurm = resolved.job.cluster.launcher == "slurm"
-    if by_slurm and slurm_job.inside() and not slurm_job.is_first_task():
+    if stands_by(resolved):
         print("the first task of the step starts the ranks", file=sys.stderr)
         return 0
     if (script := resolved.job.script) is not None:
         print(f"every rank runs {shlex.join([script.path, *script.args])}", file=sys.stderr)
+    if (name := resolved.job.model.entry) is not None:
+        place = entry.parse(name, Path.cwd())
+        print(f"every rank runs `{place.function}` of {place.file}", file=sys.stderr)
     resumed = resume.prepare(resolved, document, go_on, force)
     folder = resumed.folder if resumed is not None else create(resolved, document)
     if resumed is not None and resumed.done:
@@ -63,10 +67,21 @@ def run(
         code = submit(folder, document, wait=wait)
     else:
         code = follow(["bash", str(folder.command)], folder, document)
-    if code != EXIT_INTERRUPTED and not (by_slurm and not slurm_job.inside() and not wait):
-        _report(folder)
+    if by_slurm and not slurm_job.inside() and not wait:
+        print(next_command("status", str(folder.path)), file=sys.stderr)
+    elif code != EXIT_INTERRUPTED:
+        if script is None or folder.metrics.exists():  # a script that says nothing need not wait for pictures
+            _report(folder)
+        if not code and (told := _memory(folder)) is not None:
+            print(told, file=sys.stderr)
+        print(summary(folder, code, document.name), file=sys.stderr)
     print(folder.path)
     return code
+
+
+def stands_by(resolved: "ResolvedJob") -> bool:
+    """Whether this is one of the tasks of a step of SLURM of which the first starts the ranks."""
+    return resolved.job.cluster.launcher == "slurm" and slurm_job.inside() and not slurm_job.is_first_task()
 
 
 def _report(folder: "RunDir") -> None:
@@ -77,6 +92,35 @@ def _report(folder: "RunDir") -> None:
         report.write([folder.path], ended=True)
     except Exception as error:
         print(f"warning: there is no report: {' '.join(str(error).split())}", file=sys.stderr)
+
+
+def _memory(folder: "RunDir") -> str | None:
+    """What the plan said of the peak memory of a rank, and what it was; None where nobody says anything."""
+    plan = json.loads(folder.plan.read_text(encoding="utf-8")) if folder.plan.exists() else {}
+    peaks = [line.get("peak_memory_bytes") for line, _ in read_lines(folder.metrics)]
+    predicted, measured = plan.get("peak_allocated_bytes"), max(filter(None, peaks), default=None)
+    if predicted is None and measured is None:
+        return None
+    from memlaunch.launcher.plan.report import gib
+
+    words = [] if predicted is None else [f"{gib(predicted)} predicted"]
+    words.append("none measured, a CPU cannot tell" if measured is None else f"{gib(measured)} measured")
+    return f"peak memory of a rank: {', '.join(words)}"
+
+
+def attempt(folder: "RunDir") -> tuple[Outcome, int]:
+    """Start the ranks of ``folder`` as a run would and follow them to their end, without a word about it.
+
+    How they ended, and how many signals asked for it.
+
+    Raises:
+        UserError: SLURM does not take the job.
+    """
+    cluster = json.loads(folder.resolved.read_text(encoding="utf-8"))["cluster"]
+    if cluster["launcher"] == "slurm" and not slurm_job.inside():
+        ended, interrupts = _followed_job(slurm_job.submit(folder), folder, 0)
+        return ended or Outcome(EXIT_STOPPED), interrupts
+    return _followed(["bash", str(folder.command)], folder)
 
 
 def create(resolved: "ResolvedJob", document: "Document") -> "RunDir":
@@ -129,6 +173,11 @@ def follow(argv: list[str], folder: "RunDir", document: "Document | None") -> in
 
     The first SIGINT, SIGTERM or SIGHUP asks the ranks to stop, the second ends them at once.
     """
+    return _conclude(*_followed(argv, folder), folder, document)
+
+
+def _followed(argv: list[str], folder: "RunDir") -> tuple[Outcome, int]:
+    """How the ranks that ``argv`` starts ended, and how many signals asked for it."""
     environment = {**os.environ, rundir.ENVIRONMENT_VARIABLE: str(folder.path)}
     since = folder.events.stat().st_size if folder.events.exists() else 0
     folder.launched_here()
@@ -150,12 +199,10 @@ def follow(argv: list[str], folder: "RunDir", document: "Document | None") -> in
             interrupts = stack.enter_context(ask)
             monitor = stack.enter_context(Monitor(folder))
             while process.poll() is None:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(timeout=TURN)
+                wait(process, TURN)
                 monitor.update()
             monitor.update()
-    ended = outcome.of(folder, process.returncode, since)
-    return _conclude(ended, folder, document, interrupts.count)
+    return outcome.of(folder, process.returncode, since), interrupts.count
 
 
 def follow_job(job: str, folder: "RunDir", document: "Document | None", since: int) -> int:
@@ -165,6 +212,12 @@ def follow_job(job: str, folder: "RunDir", document: "Document | None", since: i
 
     The first SIGINT, SIGTERM or SIGHUP asks the ranks to stop, the second cancels the job.
     """
+    ended, interrupts = _followed_job(job, folder, since)
+    return EXIT_STOPPED if ended is None else _conclude(ended, interrupts, folder, document)
+
+
+def _followed_job(job: str, folder: "RunDir", since: int) -> tuple[Outcome | None, int]:
+    """How the ranks of a SLURM job ended, None where SLURM took it away; how many signals asked for it."""
     state: str | None = None
     asked = looked = float("-inf")
     with (
@@ -192,12 +245,11 @@ def follow_job(job: str, folder: "RunDir", document: "Document | None", since: i
         monitor.update()
     if state in slurm_job.TAKEN_AWAY and not interrupts.count:
         print(f"SLURM ended the job: {state.lower()}", file=sys.stderr)
-        return EXIT_STOPPED
-    ended = outcome.of(folder, 0 if state in (None, "COMPLETED") else 1, since)
-    return _conclude(ended, folder, document, interrupts.count)
+        return None, 0
+    return outcome.of(folder, 0 if state in (None, "COMPLETED") else 1, since), interrupts.count
 
 
-def _conclude(ended: Outcome, folder: "RunDir", document: "Document | None", interrupts: int) -> int:
+def _conclude(ended: Outcome, interrupts: int, folder: "RunDir", document: "Document | None") -> int:
     """Say how the run ended; the exit code."""
     stopped = ended.code == EXIT_STOPPED or (interrupts and ended.code)
     if stopped and [e["event"] for e, _ in read_lines(folder.events)][-1:] not in (

@@ -24,6 +24,15 @@ HEADS = (
     "classification_head.weight",
     "score.weight",
     "lm_head.weight",
+    "lm_head.bias",
+    "lm_head.dense.weight",
+    "lm_head.layer_norm.weight",
+    "cls.predictions.bias",
+    "cls.predictions.transform.dense.weight",
+    "cls.predictions.transform.LayerNorm.weight",
+    "vocab_transform.weight",
+    "vocab_layer_norm.weight",
+    "vocab_projector.weight",
     "pooler.dense.weight",
 )
 
@@ -97,6 +106,22 @@ def locate(path: str, base: Path = Path()) -> Path | None:
     if path.startswith((".", "/", "~")) or in_a_folder_here or not _HUB_ID.fullmatch(path):
         raise BadPath(f"there is no folder `{path}`", _folders_near(path, folder))
     return None
+
+
+def to_fetch(path: str | None) -> str | None:
+    """What to tell of a Hugging Face id that is not in the cache of this machine; None of any other model.
+
+    ``path`` is that of a resolved job: a folder is absolute. Nothing is asked of the network.
+    """
+    if path is None or path.startswith((PACKAGE, "/")):
+        return None
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    hub = os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or cache, "hub")
+    if (Path(hub).expanduser() / f"models--{path.replace('/', '--')}" / "snapshots").is_dir():
+        return None
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return f"warning: `{path}` is not on this machine, and HF_HUB_OFFLINE keeps it from being fetched"
+    return f"`{path}` is not on this machine yet: the first start fetches it from the Hugging Face hub"
 
 
 def check_model(folder: Path) -> None:

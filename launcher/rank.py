@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from memlaunch.launcher.errors import EXIT_FAILED, EXIT_LAUNCH, EXIT_STOPPED
-from memlaunch.launcher.mpi import CannotMeet, Meeting
 from memlaunch.launcher.node import Guard, Stopped
 from memlaunch.launcher.rundir import ENVIRONMENT_VARIABLE, RunDir, read_lines
 
@@ -41,6 +40,8 @@ def main() -> int:
         environment = dict(os.environ)
         meeting = None
         if "RANK" not in environment:
+            from memlaunch.launcher.mpi import CannotMeet, Meeting
+
             try:
                 meeting = stack.enter_context(Meeting())
             except CannotMeet as error:

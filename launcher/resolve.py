@@ -2,19 +2,21 @@
 
 import itertools
 import json
+import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-from memlaunch.launcher import checks, data_files, layout, model_files, schema, source
+from memlaunch.launcher import checks, data_files, entry, layout, model_files, schema, source
 from memlaunch.launcher.errors import MOST, Problem, UserError, in_order
 from memlaunch.launcher.hostfile import Host
 from memlaunch.launcher.job import ClusterSection, Job, ScriptSection, batch_of, setup_of
 from memlaunch.launcher.keys import KeyPath, is_in, parse
 from memlaunch.launcher.layout import Layout
 from memlaunch.launcher.paths import beside
+from memlaunch.launcher.plan import auto
 from memlaunch.launcher.rundir import RunDir
 from memlaunch.launcher.source import Document
 from memlaunch.launcher.translate import slurm
@@ -35,12 +37,16 @@ class ResolvedJob:
         batch: its batch sizes; under a token budget only the global one counts.
         layout: the machines and their ranks.
         threads_per_rank: CPU threads of each.
+        open: keys that the planner is to choose; the simplest that may be stands in their place.
+        plan: ``plan.json``, where it has chosen or foretold.
     """
 
     job: Job
     batch: Batch
     layout: Layout
     threads_per_rank: int
+    open: frozenset[str] = frozenset()
+    plan: Mapping[str, Any] | None = None
 
     @property
     def world_size(self) -> int:
@@ -65,13 +71,20 @@ class ResolvedJob:
         count = "1 rank" if ranks == 1 else f"{ranks} ranks"
         if job.script is not None:
             return f"{job.script.path}, {count}{place}"
-        model = job.model.path or f"a new {job.model.architecture}"
+        model = job.model.path or job.model.entry or f"a new {job.model.architecture}"
         if job.data.batching.max_tokens is not None:
-            parts = f"in micro-batches of {job.data.batching.max_tokens} tokens"
+            parts = f" in micro-batches of {job.data.batching.max_tokens} tokens"
+        elif self.open & set(auto.SIZES):
+            parts = ""
         else:
-            parts = f"= {batch.micro_batch_size} x {batch.gradient_accumulation_steps} accumulation x {ranks}"
-        sizes = f"global batch {batch.global_batch_size} {parts}"
-        return ", ".join([model, count + place, sizes, *_strategy(job)])
+            parts = (
+                f" = {batch.micro_batch_size} x {batch.gradient_accumulation_steps} accumulation x {ranks}"
+            )
+        sizes = f"global batch {batch.global_batch_size}{parts}"
+        words = [model, count + place, sizes, *strategy_words(job, self.open)]
+        if self.open:
+            words.append(f"{', '.join(f'`{key}`' for key in sorted(self.open))} for the planner to choose")
+        return ", ".join(words)
 
     def with_bucket_size(self, bucket_size: int) -> "ResolvedJob":
         """The same with the bucket size that a rank chose, so that a resumed run sees the same batches."""
@@ -81,7 +94,11 @@ class ResolvedJob:
 
     def to_json(self) -> str:
         """``resolved.json``: itself a job file, which resolves to this job."""
-        absent = {"model", "data"} if self.job.script is not None else {"script"}
+        absent: dict[str, Any] = {"script": True}
+        if self.job.script is not None:
+            absent = {"model": True, "data": True}
+        elif self.job.model.entry is not None:
+            absent["data"] = {key for key in type(self.job.data).model_fields if key != "batching"}
         values = self.job.model_dump(mode="json", by_alias=True, exclude=absent)
         return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
 
@@ -109,6 +126,11 @@ def read(path: Path, sets: Sequence[str] = ()) -> Document:
 
 def from_document(document: Document, path: Path, then: Check | None = None) -> ResolvedJob:
     """As :func:`load`, for a document that is read already, from ``path``."""
+    shorthands = schema.shorthands(Job)
+    found = auto.opened(document.value, shorthands)
+    keys = auto.open_keys(found, document.value)
+    if found:
+        document = _filled(document, found, shorthands)
     checked = schema.check(document, Job)
     problems = [*document.problems, *checked.problems]
     base = path.absolute().parent
@@ -123,13 +145,35 @@ def from_document(document: Document, path: Path, then: Check | None = None) -> 
             key = "include" if checked.value.cluster.include else "exclude"
             hint = "write it such as `worker-1@worker-2:0,2`: hosts, and slots of a host"
             problems.append(document.problem(("cluster", key), f"cluster.{key}: {error}", hint))
-        conflicts = checks.check(checked.value, base, machines)
+        conflicts = [*checks.check_open(checked.value, found), *checks.check(checked.value, base, machines)]
         problems += itertools.islice(_located(conflicts, document, checked.suspect), MOST)
         if then is not None and not problems:
             problems += _located(then(checked.value, base), document, checked.suspect)
     if problems or checked.value is None:
         raise UserError(problems=in_order(problems))
-    return resolve(checked.value, machines, base=base, name=path.stem.strip(". ") or "job")
+    resolved = resolve(checked.value, machines, base=base, name=path.stem.strip(". ") or "job")
+    return replace(resolved, open=keys)
+
+
+def _filled(document: Document, found: frozenset[str], shorthands: Mapping[KeyPath, str]) -> Document:
+    """The document with a strategy in the place of the keys that say ``"auto"``: the simplest that may be.
+
+    Where none may, the one of which the least is wrong.
+    """
+    best, least = document, math.inf
+    for values in auto.stand_ins(found):
+        filled = document.with_values(values, shorthands)
+        job = schema.check(filled, Job).value
+        wrong = len([*checks.check_strategy(job, _ranks(job))]) if job is not None else math.inf
+        if best is document or wrong < least:
+            best, least = filled, wrong
+        if not least:
+            break
+    return best
+
+
+def _ranks(job: Job) -> int:
+    return (job.cluster.nodes or 1) * (job.cluster.gpus_per_node or 1)
 
 
 def load_run(folder: RunDir) -> ResolvedJob:
@@ -140,16 +184,22 @@ def load_run(folder: RunDir) -> ResolvedJob:
     return load(folder.resolved, fixed)
 
 
-def _strategy(job: Job) -> list[str]:
-    """The strategy in a few words."""
+def strategy_words(job: Job, unknown: frozenset[str] = frozenset()) -> list[str]:
+    """The strategy in a few words, as far as it is chosen."""
     strategy = job.strategy
-    words = [f"DeepSpeed ZeRO-{strategy.zero.stage}" if strategy.engine == "deepspeed" else "torch DDP"]
+    words = []
+    if not unknown & {auto.ENGINE, auto.STAGE}:
+        sharded = "DeepSpeed" if strategy.engine == "deepspeed" else "torch FSDP2"
+        whole = strategy.engine == "torch" and strategy.zero.stage == 0
+        words.append("torch DDP" if whole else f"{sharded} ZeRO-{strategy.zero.stage}")
     offloaded = [n for n in ("optimizer", "parameters") if getattr(strategy.zero, f"offload_{n}") != "none"]
     if offloaded:
         words.append(f"{' and '.join(offloaded)} offloaded")
     words += [strategy.precision.dtype, f"{strategy.optimizer.bits}-bit AdamW"]
     if strategy.activation_checkpointing.mode != "none":
         words.append(f"{strategy.activation_checkpointing.mode} checkpointing")
+    if strategy.lora is not None:
+        words.append(f"LoRA of rank {strategy.lora.rank}")
     if strategy.freeze:
         words.append(f"{', '.join(f'`{pattern}`' for pattern in strategy.freeze)} frozen")
     return words
@@ -204,7 +254,7 @@ def resolve(job: Job, machines: Layout, *, base: Path, name: str) -> ResolvedJob
                 nodes=machines.nodes,
                 gpus_per_node=machines.per_node,
                 hostfile=cluster.hostfile and str(beside(cluster.hostfile, base)),
-                device="cuda" if asks_for_gpus else cluster.device,
+                device="cuda" if asks_for_gpus or cluster.gpu is not None else cluster.device,
                 threads_per_rank=threads,
                 slurm=_with(cluster.slurm, template=_template_path(cluster.slurm.template, base)),
             ),
@@ -219,7 +269,11 @@ def resolve(job: Job, machines: Layout, *, base: Path, name: str) -> ResolvedJob
 def _sources(job: Job, batch: Batch, ranks: int, base: Path) -> Job:
     """A job that is no script, with the defaults of its model and data."""
     model, data = job.model, job.data
-    classifies = model.task == "sequence-classification"
+    batching = _with(data.batching, bucket_size=_bucket_size(job, batch, ranks))
+    if model.entry is not None:
+        name = entry.parse(model.entry, base).name
+        return _with(job, model=_with(model, entry=name), data=_with(data, batching=batching))
+    classifies = model.task in checks.CLASSIFIES
     return _with(
         job,
         model=_with(
@@ -232,8 +286,9 @@ def _sources(job: Job, batch: Batch, ranks: int, base: Path) -> Job:
             train=_data_path(data.train, base),
             eval=data.eval and _data_path(data.eval, base),
             label=(data.label or "label") if classifies else None,
+            target=(data.target or "target") if model.task == "seq2seq-lm" else None,
             max_length=data.max_length or checks.tokenizer_limit(job, base),
-            batching=_with(data.batching, bucket_size=_bucket_size(job, batch, ranks)),
+            batching=batching,
         ),
     )
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from memlaunch.launcher import manifest, translate
+from memlaunch.launcher import disclose, manifest, translate
 from memlaunch.launcher.errors import UserError, in_order
 from memlaunch.launcher.job import Job
 from memlaunch.launcher.keys import KeyPath, dotted, is_in, parse
@@ -83,14 +83,10 @@ def prepare(resolved: "ResolvedJob", document: "Document", resume: str, force: b
         return None
     if resolved.job.script is not None:
         raise UserError("`--resume` is for a job with a `model`", "a script saves and loads its own state")
-    if resume == "auto":
-        newest = _newest_run(Path(resolved.job.output.dir) / resolved.job.name)
-        if newest is None:
-            return None
-        folder, found, named = newest, _newest_whole(newest), False
-    else:
-        folder, found, named = _named(Path(resume))
-    before = _job_of(found.job if found else json.loads(folder.resolved.read_text(encoding="utf-8")))
+    if (there := _found(resolved, resume)) is None:
+        return None
+    folder, found, named = there
+    before = _kept(folder, found)
     resolved = _keeping_bucket_size(resolved, document, before)
     changes = dict(_changes(before, json.loads(resolved.to_json())))
     _refuse(changes, document, force)
@@ -114,6 +110,31 @@ def prepare(resolved: "ResolvedJob", document: "Document", resume: str, force: b
     except TimeoutError as error:
         raise UserError(str(error), "stop it with `memlaunch stop`, or wait for its end") from error
     return Resumed(folder, done=False)
+
+
+def choices(resolved: "ResolvedJob", resume: str) -> dict[str, Any] | None:
+    """Dotted key -> value of everything in the run to go on with, where that has as many ranks; else None."""
+    if resume == "never" or (found := _found(resolved, resume)) is None:
+        return None
+    folder, checkpoint, _ = found
+    before = _kept(folder, checkpoint)
+    machines = (before["cluster"]["nodes"], before["cluster"]["gpus_per_node"])
+    if machines != (resolved.job.cluster.nodes, resolved.job.cluster.gpus_per_node):
+        return None
+    return disclose.flat(before)
+
+
+def _found(resolved: "ResolvedJob", resume: str) -> tuple[RunDir, Manifest | None, bool] | None:
+    """(run, its checkpoint, whether that was named) to go on with, or None for a new one."""
+    if resume != "auto":
+        return _named(Path(resume))
+    newest = _newest_run(Path(resolved.job.output.dir) / resolved.job.name)
+    return None if newest is None else (newest, _newest_whole(newest), False)
+
+
+def _kept(folder: RunDir, found: Manifest | None) -> dict[str, Any]:
+    """The resolved job of a checkpoint, or of a run without one."""
+    return _job_of(found.job if found else json.loads(folder.resolved.read_text(encoding="utf-8")))
 
 
 def _discard_behind(step: int, run: RunDir) -> None:

@@ -92,6 +92,11 @@ class RunDir:
         return self.path / "plan.json"
 
     @property
+    def probe(self) -> Path:
+        """A file that says that the ranks are to try whether the job fits, and not to train."""
+        return self.path / "probe"
+
+    @property
     def tensorboard(self) -> Path:
         return self.path / "tensorboard"
 
@@ -207,7 +212,8 @@ class RunDir:
         For the owner's eyes alone: the job's environment variables are among it.
         """
         for name, text in files.items():
-            path = self.path / name if name in (self.resolved.name, self.job.name) else self.launch / name
+            on_top = name in (self.resolved.name, self.job.name, self.plan.name)
+            path = self.path / name if on_top else self.launch / name
             partial = path.with_name(f"{name}.partial")
             partial.touch(mode=0o600)
             partial.write_text(text, encoding="utf-8")

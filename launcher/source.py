@@ -3,7 +3,7 @@
 import copy
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,16 @@ class Document:
         """A problem about the dotted ``key`` that was found only in a rank."""
         path = parse(key)
         return self.problem(self.anchor(path) or path, f"{key}: {message}", hint)
+
+    def with_values(self, values: Mapping[str, Any], shorthands: Mapping[KeyPath, str]) -> "Document":
+        """The same with other values, dotted key -> value, where something stands in the place of each.
+
+        What is wrong with them is shown where the user wrote what they replace.
+        """
+        changed = copy.deepcopy(self.value)
+        for key, value in values.items():
+            _put(changed, parse(key), value, shorthands)
+        return replace(self, value=changed)
 
     def _override(self, path: KeyPath) -> str | None:
         """The ``--set`` argument that gave ``path``, or that made the section it is."""

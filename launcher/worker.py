@@ -21,7 +21,7 @@ def main() -> int:
     folder = RunDir(Path(os.environ[ENVIRONMENT_VARIABLE]))
     rank = int(os.environ.get("RANK", "0"))
     try:
-        arrived = _train(folder)
+        arrived = _probe(folder) if folder.probe.exists() else _train(folder)
     except BaseException as error:
         traceback.print_exc()
         code, details = _explain(error)
@@ -40,6 +40,18 @@ def _train(folder: RunDir) -> bool:
     arrived = session.run(resolved, folder, world.join(resolved.job.cluster.device))
     world.leave()  # only here: after an error the other ranks may never come to leave
     return arrived
+
+
+def _probe(folder: RunDir) -> bool:
+    """Try whether the job fits."""
+    from memlaunch.launcher import resolve
+    from memlaunch.launcher.plan import probing
+    from memlaunch.launcher.training import world
+
+    resolved = resolve.load_run(folder)
+    probing.run(resolved, folder, world.join(resolved.job.cluster.device))
+    world.leave()
+    return True
 
 
 def _explain(error: BaseException) -> tuple[int, dict[str, str]]:

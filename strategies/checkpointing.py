@@ -6,12 +6,14 @@ frozen one behind frozen embeddings) is run as it is, so that it is neither comp
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from memlaunch.strategies import patterns
+from memlaunch.strategies.freezing import base_prefixes, no_match
 from memlaunch.strategies.settings import Settings, changed
 from memlaunch.strategies.technique import Conflict, NotApplicable, Setup, Technique
 
@@ -29,12 +31,25 @@ class CheckpointingSettings(Settings):
 
     SHORTHAND = "mode"
 
-    mode: Literal["none", "full", "selective"] = Field(
+    mode: Literal["none", "full", "selective", "auto"] = Field(
         default="none",
         description="`full` keeps a block's inputs only; `selective` keeps the outputs of its matrix "
-        "products and attention too, and computes the rest again.",
+        "products and attention too, and computes the rest again; `auto`: as much as is needed to fit.",
     )
     every: int = Field(default=1, ge=1, description="Checkpoint every n-th block.")
+    blocks: list[str] | None = Field(
+        default=None,
+        min_length=1,
+        description="Module patterns of the blocks, such as `encoder.layer[2:]`; default: the modules that "
+        "the model repeats in lists.",
+    )
+
+    @field_validator("blocks")
+    @classmethod
+    def _well_formed(cls, value: list[str] | None) -> list[str] | None:
+        for pattern in value or ():
+            patterns.check_syntax(pattern)
+        return value
 
 
 def repeated_blocks(model: "torch.nn.Module") -> "list[torch.nn.Module]":
@@ -72,17 +87,35 @@ def _prepare_model(model: "torch.nn.Module", setup: Setup) -> None:
     settings = setup.activation_checkpointing
     if settings.mode == "none":
         return
-    blocks = repeated_blocks(model)
+    blocks = repeated_blocks(model) if settings.blocks is None else _named_blocks(model, settings.blocks)
     if not blocks:
         raise NotApplicable(
             KEY,
             f"`{type(model).__name__}` has no repeated blocks to checkpoint",
-            'set it to `"none"`, or put the blocks of the model into a `torch.nn.ModuleList`',
+            'set it to `"none"`, name the blocks with `blocks`, or put them into a `torch.nn.ModuleList`',
         )
     _store_no_keys_and_values(model)
     contexts = _keep_products if settings.mode == "selective" else _keep_nothing
     for block in blocks[:: settings.every]:
         _checkpoint(block, contexts)
+
+
+def _named_blocks(model: "torch.nn.Module", named: Sequence[str]) -> "list[torch.nn.Module]":
+    """The modules that the patterns ``named`` name, less those that lie inside another one.
+
+    Raises:
+        NotApplicable: a pattern names no module.
+    """
+    parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    modules, prefixes = dict(model.named_modules()), base_prefixes(model)
+    found: dict[str, None] = {}
+    for index, pattern in enumerate(named):
+        names = [n for n in patterns.select_modules(pattern, parameters, prefixes) if n in modules]
+        if not names:
+            raise NotApplicable(f"{KEY}.blocks[{index}]", *no_match(pattern, parameters, prefixes))
+        found |= dict.fromkeys(names)
+    outer = [n for n in found if not any(n.startswith(f"{other}.") for other in found)]
+    return [module for name, module in modules.items() if name in outer]
 
 
 def _store_no_keys_and_values(model: "torch.nn.Module") -> None:
@@ -167,11 +200,11 @@ def _costly_operators() -> list[Any]:
 
 def _conflicts(setup: Setup) -> Iterable[Conflict]:
     settings = setup.activation_checkpointing
-    if settings.mode == "none" and changed(settings, "every"):
+    for key in changed(settings, "every", "blocks") if settings.mode == "none" else ():
         yield Conflict(
-            f"{KEY}.every",
+            f"{KEY}.{key}",
             "nothing is checkpointed",
-            'set `"mode": "full"` or `"selective"`, or remove `every`',
+            f'set `"mode": "full"` or `"selective"`, or remove `{key}`',
             (f"{KEY}.mode",),
         )
 

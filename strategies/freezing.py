@@ -2,9 +2,11 @@
 
 A frozen parameter has no gradient, no optimizer state and no weight decay. Where everything before a block is
 frozen too (embeddings and first layers), nothing asks for a gradient there, so autograd records nothing and
-activation checkpointing leaves those blocks alone.
+activation checkpointing leaves those blocks alone. A frozen batch norm keeps its running statistics, and uses
+them.
 """
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -66,6 +68,22 @@ def _prepare_model(model: "torch.nn.Module", setup: Setup) -> None:
             "every parameter of the model is frozen, tied ones included",
             "leave at least one module out of `freeze`",
         )
+    keep_statistics(model)
+
+
+def keep_statistics(model: "torch.nn.Module") -> None:
+    """Let frozen batch norms use the running statistics that they came with, in training too."""
+    from torch.nn.modules.batchnorm import _NormBase
+
+    for module in model.modules():
+        own = list(module.parameters()) if isinstance(module, _NormBase) else []
+        if own and not any(parameter.requires_grad for parameter in own):
+            module.eval()
+            module.train = functools.partial(_stay, module)  # type: ignore[method-assign]
+
+
+def _stay(module: "torch.nn.Module", mode: bool = True) -> "torch.nn.Module":
+    return module
 
 
 def _verify(setup: Setup, facts: Facts) -> Iterable[str]:

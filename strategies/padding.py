@@ -60,15 +60,15 @@ def pad(
         samples: for each sample, field name -> token values; all fields of a sample have one length.
         fill: field name -> the value to pad it with; its keys are the fields of the result.
     """
+    import numpy as np
     import torch
 
     longest = max(len(next(iter(sample.values()))) for sample in samples)
     length = padded_length(longest, settings, max_length)
-    batch: dict[str, Any] = {}
+    batch: dict[str, torch.Tensor] = {}
     for name, value in fill.items():
-        rows = torch.full((len(samples), length), value, dtype=torch.int64)
+        rows = np.full((len(samples), length), value, dtype=np.int64)  # quicker to fill than a tensor
         for row, sample in zip(rows, samples, strict=True):
-            values = torch.as_tensor(sample[name], dtype=torch.int64)
-            row[: len(values)] = values
-        batch[name] = rows
+            row[: len(sample[name])] = sample[name]
+        batch[name] = torch.from_numpy(rows)
     return batch

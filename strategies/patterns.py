@@ -30,11 +30,19 @@ def select(pattern: str, parameters: Sequence[str], base_prefixes: Iterable[str]
     Raises:
         ValueError: the brackets of the pattern hold no index or slice.
     """
+    matched = select_modules(pattern, parameters, base_prefixes)
+    return [name for name in parameters if any(_covers(module, name) for module in matched)]
+
+
+def select_modules(pattern: str, parameters: Sequence[str], base_prefixes: Iterable[str] = ()) -> list[str]:
+    """The modules (or parameters) that ``pattern`` names itself, in their order; else as :func:`select`.
+
+    A module without parameters is not known here.
+    """
     modules = _module_names(parameters)
     for prefix in ("", *(f"{base}." for base in base_prefixes)):
-        matched = _match(prefix, pattern, modules)
-        if matched:
-            return [name for name in parameters if any(_covers(module, name) for module in matched)]
+        if matched := _match(prefix, pattern, modules):
+            return [name for name in modules if name in matched]
     return []
 
 

@@ -8,7 +8,7 @@ keeps fp32 masters (sharded under ZeRO).
 
 import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -166,16 +166,26 @@ class MasterWeights:
         return dict(self._pairs)
 
 
-def unscale_and_clip(gradients: "list[torch.Tensor]", scale: float, max_norm: float | None) -> float:
+def unscale_and_clip(
+    gradients: "list[torch.Tensor]",
+    scale: float,
+    max_norm: float | None,
+    over_ranks: Callable[[float], float] | None = None,
+) -> float:
     """Divide ``gradients`` by the loss scale, then clip them to ``max_norm``, in place.
 
-    Returns their norm in between: not finite where one of them overflowed.
+    Args:
+        over_ranks: sums a number over the ranks, where each has a part of the gradients.
+
+    Returns their norm in between, that of all parts: not finite where one of them overflowed.
     """
     import torch
 
     if scale != 1.0:
         torch._foreach_div_(gradients, scale)
     norm = torch.nn.utils.get_total_norm(gradients)
+    if over_ranks is not None:
+        norm = norm.new_tensor(math.sqrt(over_ranks(float(norm) ** 2)))
     if max_norm is not None:
         torch._foreach_mul_(gradients, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
     return float(norm)

@@ -4,33 +4,40 @@ Rajbhandari et al., ZeRO: Memory Optimizations Toward Training Trillion Paramete
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from memlaunch.strategies.settings import Settings, changed
 from memlaunch.strategies.technique import Conflict, Facts, Setup, Technique
 
-ZeroStage = Literal[0, 1, 2, 3]
-Offload = Literal["none", "cpu"]
+ZeroStage = Literal[0, 1, 2, 3, "auto"]
+Offload = Literal["none", "cpu", "auto"]
 
 
 class ZeroSettings(Settings):
     """What is sharded over the ranks, and what lives in host memory."""
 
     stage: ZeroStage = Field(
-        default=0, description="0: nothing, 1: optimizer state, 2: and gradients, 3: and parameters."
+        default=0,
+        description="0: nothing, 1: optimizer state, 2: and gradients, 3: and parameters; `auto`: the "
+        "fastest that fits. The torch engine has no 1; at 2 and 3 it is FSDP2, which at 2 gathers and "
+        "reduces once an optimizer step, so that gradients are whole between its micro-batches.",
     )
     offload_optimizer: Offload = Field(
-        default="none", description="`cpu` keeps optimizer state in host memory and updates it there."
+        default="none",
+        description="`cpu` keeps optimizer state in host memory and updates it there; `auto`: where nothing "
+        "else fits.",
     )
     offload_parameters: Offload = Field(
-        default="none", description="`cpu` keeps the sharded parameters of stage 3 in host memory."
+        default="none",
+        description="`cpu` keeps the sharded parameters of stage 3 in host memory, in the torch engine "
+        "only together with optimizer state; `auto`: where nothing else fits.",
     )
-    bucket_size: int = Field(
+    bucket_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         default=50_000_000,
-        ge=1,
-        description="Elements of a communication bucket; a buffer of this size is part of the peak.",
+        description="Elements of a communication bucket of DeepSpeed; a buffer of this size is part of the "
+        "peak. `auto`: smaller where nothing else fits.",
     )
 
 
@@ -44,22 +51,7 @@ def _conflicts(setup: Setup) -> Iterable[Conflict]:
             ("strategy.zero.stage",),
         )
     if setup.engine == "torch":
-        if zero.stage:
-            yield Conflict(
-                "strategy.zero.stage",
-                f"the torch engine has no ZeRO stage {zero.stage}",
-                'set `"engine": "deepspeed"`, or stage 0',
-                ("strategy.engine",),
-            )
-        for key in ("offload_optimizer", "offload_parameters"):
-            if getattr(zero, key) != "none":
-                yield Conflict(
-                    f"strategy.zero.{key}",
-                    "the torch engine does not offload",
-                    'set `"engine": "deepspeed"`, or `"none"`',
-                    ("strategy.engine",),
-                )
-        return
+        yield from _conflicts_of_fsdp(setup)
     if zero.offload_optimizer != "none" and zero.stage == 0:
         yield Conflict(
             "strategy.zero.offload_optimizer",
@@ -73,6 +65,35 @@ def _conflicts(setup: Setup) -> Iterable[Conflict]:
             f"parameters can be offloaded at ZeRO stage 3 only, not at stage {zero.stage}",
             "use stage 3, or offload the optimizer alone",
             ("strategy.zero.stage",),
+        )
+
+
+def _conflicts_of_fsdp(setup: Setup) -> Iterable[Conflict]:
+    """What DeepSpeed shards or offloads and PyTorch does not."""
+    zero = setup.zero
+    if zero.stage == 1:
+        yield Conflict(
+            "strategy.zero.stage",
+            "the torch engine has no ZeRO stage 1",
+            'use stage 2, which shards the gradients too, or `"engine": "deepspeed"`',
+            ("strategy.engine",),
+        )
+    if zero.stage and changed(zero, "bucket_size"):
+        yield Conflict(
+            "strategy.zero.bucket_size",
+            "the torch engine sends a block of the model at a time, and has no buckets",
+            'remove it, or set `"engine": "deepspeed"`',
+            ("strategy.engine",),
+        )
+    if zero.stage == 3 and zero.offload_optimizer != zero.offload_parameters:
+        offloaded, other = "offload_optimizer", "offload_parameters"
+        if zero.offload_optimizer == "none":
+            offloaded, other = other, offloaded
+        yield Conflict(
+            f"strategy.zero.{offloaded}",
+            "the torch engine offloads the parameters of stage 3 and their optimizer state together",
+            f'set `"{other}": "cpu"` too, or `"engine": "deepspeed"`',
+            (f"strategy.zero.{other}", "strategy.engine"),
         )
 
 

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     import torch
 
     from memlaunch.strategies.checkpointing import CheckpointingSettings
+    from memlaunch.strategies.lora import LoraSettings
     from memlaunch.strategies.optimizer import OptimizerSettings
     from memlaunch.strategies.precision import PrecisionSettings
     from memlaunch.strategies.sharding import ZeroSettings
@@ -38,6 +39,7 @@ class Setup:
     activation_checkpointing: "CheckpointingSettings"
     optimizer: "OptimizerSettings"
     freeze: tuple[str, ...] = ()
+    lora: "LoraSettings | None" = None
 
 
 @dataclass(frozen=True)

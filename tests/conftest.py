@@ -3,9 +3,15 @@
 import importlib.util
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from memlaunch.launcher.plan.traces import Tracer
 
 # Before any library reads them: nothing is fetched, and a forked process need not warn about threads.
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -23,3 +29,12 @@ def tokenizer_folder() -> Path:
     assert found is not None, "install the `example` extra"
     assert found.origin is not None
     return Path(found.origin).parent / "model"
+
+
+@pytest.fixture(scope="session")
+def cuda(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Tracer]":
+    """A tracer for CUDA that remembers, since tests ask for the same traces."""
+    from memlaunch.launcher.plan.traces import Tracer
+
+    with Tracer("cuda", cache=tmp_path_factory.mktemp("traces")) as started:
+        yield started

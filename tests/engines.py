@@ -22,6 +22,8 @@ TASK = TASKS["sequence-classification"]
 #: (engine, ZeRO stage) of every way to train.
 ENGINES: list[tuple[Any, int]] = [
     ("torch", 0),
+    ("torch", 2),
+    ("torch", 3),
     ("deepspeed", 0),
     ("deepspeed", 1),
     ("deepspeed", 2),
@@ -65,14 +67,14 @@ def bert() -> transformers.BertForSequenceClassification:
 
 def start(setup: Setup, world: World, model: torch.nn.Module | None = None) -> Engine:
     """An engine over :func:`bert`, prepared as a run prepares its model."""
+    from memlaunch.launcher.training import torch_engine
     from memlaunch.launcher.training.deepspeed_engine import DeepSpeedEngine
-    from memlaunch.launcher.training.torch_engine import TorchEngine
 
     model = model or bert()
     for technique in TECHNIQUES:
         technique.prepare_model(model, setup)
     if setup.engine == "torch":
-        return TorchEngine(model, setup, world)
+        return torch_engine.start(model, setup, world)
     return DeepSpeedEngine(model, setup, world, technique_config(setup))
 
 

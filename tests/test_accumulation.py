@@ -11,7 +11,7 @@ from tests.engines import Strategy
 
 
 def synchronisations(world: Any) -> list[int]:
-    """In a rank: how often DDP has reduced gradients, after each micro-step of two windows of three."""
+    """In a rank: how often DDP has reduced gradients, after each micro-step of four windows of three."""
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
     from torch.nn.parallel import DistributedDataParallel
 
@@ -26,7 +26,7 @@ def synchronisations(world: Any) -> list[int]:
 
     engine._replica.register_comm_hook(None, counting)
     seen = []
-    for number in range(2):
+    for number in range(4):
         for index in range(3):
             (batch,) = engines.window(3 * number + index, world, micro_batches=1)
             with engine.micro_step(last=index == 2):
@@ -39,7 +39,65 @@ def synchronisations(world: Any) -> list[int]:
 
 def test_gradients_are_synchronised_once_a_window() -> None:
     for seen in ranks.run(2, synchronisations):
-        assert seen == [0, 0, 1, 1, 1, 2]
+        # The second window has one more, which moves them to where DDP wants them from then on.
+        assert seen == [0, 0, 1, 2, 2, 3, 3, 3, 4, 4, 4, 5]
+
+
+def where_gradients_lie(world: Any) -> list[tuple[set[int], int]]:
+    """In a rank: the storages of all gradients, and their bytes, behind each micro-step of four windows."""
+    engine: Any = engines.start(engines.setup_of(Strategy("torch", 0), world), world)
+    seen = []
+    for number in range(4):
+        for index, batch in enumerate(engines.window(number, world)):
+            with engine.micro_step(last=index == 1):
+                logits = engine.forward(batch.inputs).logits
+                engine.backward(engines.TASK.loss_sum(logits, batch.labels))
+            storages = [parameter.grad.untyped_storage() for parameter in engine.module.parameters()]
+            sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+            seen.append((set(sizes), sum(sizes.values())))
+        engine.step(1e-3)
+    return seen
+
+
+def test_micro_batches_add_up_in_the_buckets_that_are_sent_and_not_beside_them() -> None:
+    parameters = sum(parameter.nbytes for parameter in engines.bert().parameters())
+    for seen in ranks.run(2, where_gradients_lie):
+        (first, _), (sent, _), *later = seen
+        assert not first & sent, "the first window cannot know yet where they will be"
+        buckets, size = later[-1]
+        assert size == parameters
+        assert all(found == (buckets, size) for found in later)
+
+
+def resumed_like_whole(world: Any) -> list[int]:
+    """In a rank: the numbers of steps after which a run can be cut without a bit of its weights changing."""
+    setup = engines.setup_of(Strategy("torch", 0), world)
+    whole = engines.start(setup, world)
+    cut = {}
+    for number in range(5):
+        if number:
+            cut[number] = engines.start(setup, world)
+            for kept, block in zip(whole.blocks(), cut[number].blocks(), strict=True):
+                block.weight.data.copy_(kept.weight)
+                assert kept.state is not None
+                assert block.state is not None
+                block.state.update({name: tensor.clone() for name, tensor in kept.state.items()})
+            for _ in range(min(number, 2)):
+                loop._rehearse(cut[number], engines.TASK, lambda: engines.window(9, world)[0], world)
+        for engine in (whole, *cut.values()):
+            engines.step(engine, number, world)
+    end = engines.weights(whole)
+    return [
+        number
+        for number, engine in cut.items()
+        if all(torch.equal(end[name], tensor) for name, tensor in engines.weights(engine).items())
+    ]
+
+
+def test_gradients_of_a_resumed_run_lie_and_are_rounded_as_those_of_a_whole_one() -> None:
+    # Three ranks: dividing by three and multiplying by a third differ in the last bit.
+    for same in ranks.run(3, resumed_like_whole):
+        assert same == [1, 2, 3, 4]
 
 
 class Windows:

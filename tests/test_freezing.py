@@ -98,6 +98,16 @@ def test_freezing_everything_by_way_of_a_tied_weight_is_refused() -> None:
         setups.prepare(Tied(), freeze=("embeddings",))
 
 
+def test_a_frozen_batch_norm_keeps_its_statistics() -> None:
+    blocks = [torch.nn.Sequential(torch.nn.Conv1d(2, 2, 1), torch.nn.BatchNorm1d(2)) for _ in range(2)]
+    model = setups.prepare(torch.nn.Sequential(*blocks), freeze=("0",)).train()
+    model(torch.randn(4, 2, 3))
+    frozen, trained = (block[1] for block in blocks)
+    assert torch.equal(frozen.running_mean, torch.zeros(2))
+    assert frozen.num_batches_tracked == 0
+    assert trained.num_batches_tracked == 1
+
+
 def facts(trainable: dict[str, bool]) -> Facts:
     return Facts(
         gradient_accumulation_steps=1,

@@ -41,6 +41,7 @@ FP16 = {"dtype": "fp16", "initial_scale": 2.0**20, "growth_interval": 3, "hyster
 
 STRATEGIES: dict[str, dict[str, Any]] = {
     "DDP": {},
+    "FSDP2": {"zero": {"stage": 3}},
     "ZeRO-1": {"engine": "deepspeed", "zero": {"stage": 1}},
     "ZeRO-2": {"engine": "deepspeed", "zero": {"stage": 2}},
     "ZeRO-3": {"engine": "deepspeed", "zero": {"stage": 3}},

@@ -9,7 +9,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 HEAVY = {"torch", "transformers", "deepspeed", "datasets", "bitsandbytes"}
 #: What runs in a rank; the rest of the launcher runs on a login node, in a fraction of a second.
-IN_A_RANK = ("launcher/training", "launcher/worker.py", "launcher/plan/batches.py", "launcher/plan/trace")
+IN_A_RANK = (
+    *("launcher/training", "launcher/worker.py", "launcher/current.py"),
+    *("launcher/plan/batches.py", "launcher/plan/probing.py", "launcher/plan/trace"),
+)
 
 
 def sources(folder: str) -> list[Path]:

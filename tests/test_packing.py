@@ -65,7 +65,7 @@ def test_the_token_losses_of_packed_samples_sum_to_those_of_the_same_samples_alo
     packing = pack(samples.lengths, BLOCK, seed=1, epoch=0)
     padding = PaddingSettings(mode=mode)
     packed = CollatePacked(samples, padding, BLOCK, pad_token=0)
-    alone = Collate(samples, TASK, padding, BLOCK, {"input_ids": 0}, class_of_code=None)
+    alone = Collate(samples, TASK, padding, BLOCK, {"input_ids": 0})
     blocks = [
         packing.samples[start:stop].tolist()
         for start, stop in zip(packing.offsets, packing.offsets[1:], strict=False)

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from memlaunch.launcher.training.batches import Collate
+from memlaunch.launcher.training.labels import Classes
 from memlaunch.strategies.bucketing import BucketedSampler, summarise
 from memlaunch.strategies.padding import PaddingSettings, padded_lengths
 
 JOB = Path(__file__).parents[1] / "examples" / "reviews" / "job.json"
+CHOSEN = "--set=training.micro_batch_size=16"
 
 
 def plan(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -22,7 +24,7 @@ def plan(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_figures_of_the_review_data_beside_random_batches() -> None:
-    done = plan(JOB, "--json")
+    done = plan(JOB, CHOSEN, "--json")
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)["batches"]
     assert figures["data"]["samples"] == 9500
@@ -35,7 +37,7 @@ def test_the_figures_of_the_review_data_beside_random_batches() -> None:
 
 
 def test_a_table_for_people() -> None:
-    done = plan(JOB, "--set", "data.batching=random")
+    done = plan(JOB, CHOSEN, "--set", "data.batching=random")
     assert done.returncode == 0, done.stderr
     first, _, header, row, *_ = done.stdout.splitlines()
     assert first == "9,500 samples, 254,539 tokens, the longest 64, 5 cut to 64"
@@ -73,6 +75,7 @@ def test_the_figures_are_those_of_the_batches_that_a_run_makes(padding: Any, siz
             return {"input_ids": np.ones(lengths[index], dtype=np.int32)}
 
     tokens: Any = Samples()
+    tokens.lengths = lengths
     task: Any = None
     padded = padded_lengths(lengths, padding, max_length)
     samplers = [
@@ -85,7 +88,8 @@ def test_the_figures_are_those_of_the_batches_that_a_run_makes(padding: Any, siz
         )
         for rank in range(2)
     ]
-    collate = Collate(tokens, task, padding, max_length, {"input_ids": 0}, np.zeros(1, np.int64))
+    classes = Classes(tokens, np.zeros(1, np.int64))
+    collate = Collate(tokens, task, padding, max_length, {"input_ids": 0}, classes)
     object.__setattr__(collate, "task", type("Task", (), {"count": staticmethod(len)}))
     total = largest = micro_steps = 0
     for step in range(samplers[0].steps_per_epoch):

@@ -1,11 +1,13 @@
 """The planner chooses the fastest way to run a job that fits, and leaves alone what the user fixed."""
 
-from collections.abc import Iterator
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from memlaunch.launcher.plan import auto, gpus, overheads, report
 from memlaunch.launcher.plan import search as searching
@@ -31,13 +33,6 @@ T4 = gpus.find("t4")
 BATCHES = frozenset({MICRO_BATCH, ACCUMULATION})
 
 
-@pytest.fixture(scope="module")
-def tracer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tracer]:
-    """One that remembers, since the tests ask for the same traces."""
-    with Tracer("cuda", processes=1, cache=tmp_path_factory.mktemp("traces")) as started:
-        yield started
-
-
 def question(keys: frozenset[str], spare: int = 4 << 30, ranks: int = 2, **strategy: Any) -> Question:
     """A small BERT, 64 samples of 512 tokens a rank, on GPUs with ``spare`` bytes beside the overheads."""
     one = job(ranks=ranks, **strategy)
@@ -53,39 +48,86 @@ def question(keys: frozenset[str], spare: int = 4 << 30, ranks: int = 2, **strat
     return replace(asked, machines=replace(machines, gpu=replace(T4, memory_bytes=memory)))
 
 
-def exhaustive(question: Question, tracer: Tracer) -> Candidate | None:
+def exhaustive(question: Question, tracer: Any) -> Candidate | None:
     """The best of all candidates, each traced as a whole."""
-    found = []
-    for structure in structures(question):
-        fit = Fit.of(question, structure, micro_batches(question), tracer)
-        for size in micro_batches(question):
-            found.append(confirm(question, fit.candidate(size), tracer))
+    every = [
+        {**structure, MICRO_BATCH: size}
+        for structure in structures(question)
+        for size in micro_batches(question)
+    ]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda changes: confirm(question, changes, tracer), every))
     return searching._best([candidate for candidate in found if candidate.total <= question.room])
 
 
-def test_figures_from_small_traces_are_those_of_the_whole(tracer: Tracer) -> None:
+def test_figures_from_small_traces_are_those_of_the_whole(cuda: Tracer) -> None:
     """Of two and three layers and micro-batches of 2 and 4, for four layers and eight samples."""
     asked = question(BATCHES)
-    fit = Fit.of(asked, {}, micro_batches(asked), tracer)
-    traced = confirm(asked, fit.candidate(8), tracer)
+    fit = Fit.of(asked, {}, micro_batches(asked), cuda)
+    traced = confirm(asked, fit.candidate(8).changes, cuda)
     assert traced.trace is not None
-    assert fit.at(8, "by_phase", "passes") == pytest.approx(traced.trace["by_phase"]["passes"], rel=0.02)
+    assert fit.candidate(8).allocated == pytest.approx(traced.allocated, rel=0.01)
+    assert fit.candidate(8).seconds == pytest.approx(traced.seconds, rel=0.01)
     assert fit.at(8, "costs", "last", "flops", "float32") == pytest.approx(
         traced.trace["costs"]["last"]["flops"]["float32"], rel=1e-3
     )
 
 
-@pytest.mark.parametrize(
-    "spare",
-    [
-        pytest.param(4 << 30, marks=pytest.mark.hours),
-        pytest.param(400 << 20, marks=pytest.mark.hours),
-        pytest.param(60 << 20, marks=pytest.mark.hours),
-    ],
-)
-def test_the_winner_is_that_of_an_exhaustive_search(tracer: Tracer, spare: int) -> None:
-    asked = question(BATCHES | {CHECKPOINTING}, spare)
-    best, found = exhaustive(asked, tracer), search(asked, tracer)
+class Formulas:
+    """Traces that are formulas: whatever shards more needs less, whatever recomputes takes longer.
+
+    Attributes:
+        states: bytes of a layer's parameters and states, before they are sharded.
+        activations: bytes of a layer and sample; recomputed: share that is computed again; both by mode.
+        speeds, sends: kernels of a layer, and bytes that a micro-batch sends, by engine and stage.
+    """
+
+    def __init__(self, draw: st.DrawFn) -> None:
+        self.states = draw(st.integers(1, 400)) << 20
+        self.activations = sorted(draw(st.lists(st.integers(0, 64 << 20), min_size=3, max_size=3)))[::-1]
+        self.recomputed = sorted(draw(st.lists(st.floats(0, 0.5), min_size=2, max_size=2)))
+        self.flops = draw(st.integers(1 << 30, 1 << 42))
+        ways = [(engine, stage) for engine in ("torch", "deepspeed") for stage in range(4)]
+        self.speeds = {way: draw(st.integers(1, 400)) for way in ways}
+        self.sends = {way: draw(st.integers(0, 1 << 30)) for way in ways}
+        self.asked = 0
+
+    def traces(self, requests: Sequence[Any]) -> list[dict[str, Any]]:
+        return [self.trace(*request) for request in requests]
+
+    def trace(self, job: Any, shape: Any, layers: int | None, capacity: int | None) -> dict[str, Any]:
+        self.asked += 1
+        strategy, samples, depth = job["strategy"], shape["samples"], layers or 8
+        stage, ranks = strategy["zero"]["stage"], job["cluster"]["gpus_per_node"]
+        mode = ("none", "selective", "full").index(strategy["activation_checkpointing"]["mode"])
+        sharded = self.states * (4 - stage + stage / ranks) / 4
+        peak = int(depth * (sharded + samples * self.activations[mode]) + samples * (1 << 20))
+        once = {
+            "flops": {"float32": int((1 + [0.0, *self.recomputed][mode]) * depth * samples * self.flops)},
+            "bytes_moved": samples << 24,
+            "kernels": depth * self.speeds[strategy["engine"], stage] * (1 + mode),
+            "collectives": {
+                "all_reduce": {"calls": 1, "bytes": depth * self.sends[strategy["engine"], stage]}
+            },
+        }
+        inner = once if shape["micro_batches"] > 1 else {**once, "kernels": 0}
+        step = {"flops": {}, "bytes_moved": int(sharded), "kernels": 1, "collectives": {}}
+        return {
+            "peak_bytes": peak,
+            "by_phase": {"forward": peak, "step": int(depth * sharded)},
+            "offloaded_bytes": 0,
+            "costs": {"inner": inner, "last": once, "step": step},
+            "allocator": {"peak_reserved": int(1.03 * peak), "out_of_memory": False},
+        }
+
+
+@given(st.composite(Formulas)(), st.integers(28, 36), st.sampled_from([1, 4]))
+@settings(max_examples=20, deadline=None)
+def test_what_is_passed_over_would_not_have_won(formulas: Any, memory: int, ranks: int) -> None:
+    """Of all strategies and micro-batches, whatever the engines cost."""
+    asked = question(BATCHES | {CHECKPOINTING, ENGINE, STAGE}, 1 << memory, ranks)
+    asked = replace(asked, shape={**asked.shape, "layers": 8})
+    best, found = exhaustive(asked, formulas), search(asked, formulas)
     assert found.fits == (best is not None)
     if best is not None:
         assert found.winner.changes == best.changes
@@ -95,27 +137,28 @@ def test_the_winner_is_that_of_an_exhaustive_search(tracer: Tracer, spare: int) 
 @pytest.mark.parametrize("ranks", [1, 4])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("spare", [20 << 20, 60 << 20, 120 << 20, 400 << 20, 4 << 30])
-def test_the_winner_is_that_of_an_exhaustive_search_over_everything(
-    tracer: Tracer, ranks: int, precision: str, spare: int
+def test_the_winner_is_that_of_an_exhaustive_search(
+    cuda: Tracer, ranks: int, precision: str, spare: int
 ) -> None:
+    """On real traces; the whole ones do not depend on the memory, so they are made once."""
     keys = BATCHES | {CHECKPOINTING, ENGINE, STAGE}
     asked = question(keys, spare, ranks, precision=precision)
-    best, found = exhaustive(asked, tracer), search(asked, tracer)
+    best, found = exhaustive(asked, cuda), search(asked, cuda)
     assert found.fits == (best is not None)
     if best is not None:
-        assert found.winner.seconds <= (1 + searching.TIE) * best.seconds
+        assert found.winner.changes == best.changes
 
 
-def test_what_the_user_fixed_stays(tracer: Tracer) -> None:
+def test_what_the_user_fixed_stays(cuda: Tracer) -> None:
     asked = question(frozenset({CHECKPOINTING}), engine="torch")
-    found = search(asked, tracer)
+    found = search(asked, cuda)
     assert {tuple(candidate.changes) for candidate in found.candidates} == {(CHECKPOINTING,)}
 
 
-def test_less_memory_never_makes_a_plan_faster(tracer: Tracer) -> None:
+def test_less_memory_never_makes_a_plan_faster(cuda: Tracer) -> None:
     seconds = []
     for spare in (4 << 30, 400 << 20, 60 << 20):
-        found = search(question(BATCHES | {CHECKPOINTING}, spare), tracer)
+        found = search(question(BATCHES | {CHECKPOINTING}, spare), cuda)
         if found.fits:
             seconds.append(found.winner.seconds)
     assert len(seconds) > 1
@@ -123,11 +166,11 @@ def test_less_memory_never_makes_a_plan_faster(tracer: Tracer) -> None:
 
 
 @pytest.mark.long
-def test_a_job_that_cannot_fit_is_told_what_would(tracer: Tracer) -> None:
+def test_a_job_that_cannot_fit_is_told_what_would(cuda: Tracer) -> None:
     asked = question(frozenset(), spare=400 << 20, engine="torch")
-    found = search(asked, tracer)
+    found = search(asked, cuda)
     assert not found.fits
-    ways = report.ways_out(asked, tracer)
+    ways = report.ways_out(asked, cuda)
     assert 1 <= len(ways) <= 3
     assert all(way["memory_bytes"] <= asked.room for way in ways)
     assert list(ways[0]["changes"]) == [MICRO_BATCH], "the smallest change comes first"
@@ -137,9 +180,9 @@ def test_a_job_that_cannot_fit_is_told_what_would(tracer: Tracer) -> None:
     assert "what would fit:" in report.text(plan)
 
 
-def test_a_plan_adds_up_and_says_why(tracer: Tracer) -> None:
+def test_a_plan_adds_up_and_says_why(cuda: Tracer) -> None:
     asked = question(BATCHES | {CHECKPOINTING}, spare=400 << 20)
-    found = search(asked, tracer)
+    found = search(asked, cuda)
     plan = report.to_dict(asked, found)
     outside = overheads.outside(asked.circumstances)
     assert sum(plan["breakdown"].values()) == plan["peak_reserved_bytes"] + outside
@@ -176,12 +219,9 @@ def test_the_keys_that_say_auto(value: dict[str, Any], keys: set[str]) -> None:
     assert auto.open_keys(found, value) == keys
 
 
-def test_a_job_file_with_auto_is_read_with_the_simplest_in_its_place(tmp_path: Path) -> None:
-    from memlaunch.launcher.plan import memory
-
-    path = Path(__file__).parents[1] / "examples" / "reviews" / "job.json"
-    sets = ["strategy.zero.stage=auto", "strategy.activation_checkpointing=auto"]
-    _, resolved, keys = memory.read(path, sets)
-    assert keys == {STAGE, CHECKPOINTING}
-    assert resolved.job.strategy.zero.stage == 0
-    assert resolved.job.strategy.activation_checkpointing.mode == "none"
+def test_a_bucket_that_the_job_fixes_bounds_the_micro_batch() -> None:
+    """A micro-step of all ranks is dealt from a bucket of like lengths; a larger one would mix them."""
+    asked = question(BATCHES)
+    assert micro_batches(asked) == [1, 2, 4, 8, 16, 32, 64]
+    assert micro_batches(replace(asked, bucket=32)) == [1, 2, 4, 8, 16]
+    assert micro_batches(replace(asked, bucket=1)) == [1]

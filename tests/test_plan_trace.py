@@ -3,13 +3,18 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from memlaunch.launcher.plan.jobs import resolved_of
+from memlaunch.launcher.plan.trace import fakes
 from memlaunch.launcher.plan.trace.recorder import Recorder, peak
 from memlaunch.launcher.plan.trace.rehearsal import Shape, rehearse
 from memlaunch.launcher.plan.traces import NotTraced, Tracer
@@ -57,15 +62,9 @@ def shape(job: dict[str, Any], samples: int = 4, tokens: int = 32, padded: bool 
 
 
 @pytest.fixture(scope="module")
-def tracer() -> Iterator[Tracer]:
-    with Tracer("cpu", processes=1) as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
-def cuda() -> Iterator[Tracer]:
-    with Tracer("cuda", processes=1) as started:
-        yield started
+def tracer(cuda: Tracer) -> Tracer:
+    """For what a CPU would do."""
+    return cuda.on("cpu")
 
 
 class Phases:
@@ -89,7 +88,9 @@ class Phases:
 
 def run(world: World, job: dict[str, Any], shape: dict[str, Any]) -> tuple[int, dict[str, int]]:
     """The live storages of a real rank at its peak, in bytes."""
-    recorder = Recorder()
+    # gloo gathers where a recorder does not see it.
+    gathers = {op: size for op, size in fakes.workspaces().items() if "allgather" in str(op)}
+    recorder = Recorder(workspace=gathers)
     with recorder, recorder.following_resizes():
         rehearse(resolved_of(job), Shape.from_dict(shape), world, Phases(recorder))
     highest = peak(recorder)
@@ -106,6 +107,12 @@ def run(world: World, job: dict[str, Any], shape: dict[str, Any]) -> tuple[int, 
         pytest.param(
             {"engine": "deepspeed", "zero": {"stage": 3, **ZERO}, "activation_checkpointing": "full"},
             id="ZeRO-3",
+        ),
+        pytest.param({"engine": "torch", "zero": {"stage": 3}}, id="FSDP2"),
+        pytest.param(
+            {"engine": "torch", "zero": {"stage": 2}, "accumulation": 2, "activation_checkpointing": "full"},
+            id="FSDP2, stage 2",
+            marks=pytest.mark.long,
         ),
         pytest.param({"engine": "torch", "architecture": "llama", "precision": "bf16"}, id="bf16"),
         pytest.param(
@@ -126,12 +133,54 @@ def test_a_trace_has_the_peak_of_a_real_run_on_two_ranks(tracer: Tracer, strateg
     predicted = tracer.trace(traced, shape(traced))
     (measured, by_phase), _ = ranks.run(2, run, traced, shape(traced))
     engine, stage = traced["strategy"]["engine"], traced["strategy"]["zero"]["stage"]
-    # At stage 3, buffers live until gloo's threads let go of them; DeepSpeed's stage 0 holds some hundred
-    # bytes more in its step than the trace sees.
-    allowed = 0.03 if stage == 3 else 0.0002 if engine == "deepspeed" and stage == 0 else 0
-    assert predicted["peak_bytes"] == pytest.approx(measured, rel=0.03 if stage == 3 else 0)
-    assert predicted["by_phase"]["step"] == pytest.approx(by_phase["step"], rel=allowed)
+    # At DeepSpeed's stage 3, buffers live until gloo's threads let go of them, and its stage 0 holds some
+    # hundred bytes more in its step than the trace sees; FSDP2's mesh is not traced.
+    ours = 0.03 if engine == "deepspeed" and stage == 3 else 0.0002 if engine == "torch" and stage else 0
+    steps = 0.0002 if engine == "deepspeed" and stage == 0 else ours
+    assert predicted["peak_bytes"] == pytest.approx(measured, rel=ours)
+    assert predicted["by_phase"]["step"] == pytest.approx(by_phase["step"], rel=steps)
     assert sum(predicted["breakdown"].values()) == predicted["peak_bytes"]
+
+
+COLLECTIVES: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "all_reduce": lambda whole, part: dist.all_reduce(whole),
+    "broadcast": lambda whole, part: dist.broadcast(whole, 0),
+    "all_gather": lambda whole, part: dist.all_gather(list(whole.chunk(2)), part),
+    "all_gather_into_tensor": lambda whole, part: dist.all_gather_into_tensor(whole, part),
+    "reduce_scatter_tensor": lambda whole, part: dist.reduce_scatter_tensor(part, whole),
+}
+
+
+def taken_by_collectives(world: World) -> dict[str, tuple[int, int]]:
+    """Collective -> the most that it takes beside its arguments, as the allocator and as a trace have it."""
+    whole, part = torch.zeros(1 << 20), torch.zeros(1 << 19)
+    taken = {}
+    for name, send in COLLECTIVES.items():
+        recorder = Recorder(workspace=fakes.workspaces())
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            send(whole, part)
+        with recorder:
+            send(whole, part)
+        sizes = [size for size in allocated(profiler) if size >= part.nbytes]
+        traced = [size for number, size in recorder.events if "workspace" in recorder.allocations[number].op]
+        taken[name] = max([0, *sizes]), max([0, *traced])
+    return taken
+
+
+def allocated(profiler: Any) -> Iterator[int]:
+    """The sizes of the allocations among the events of a profiler."""
+    nodes = list(profiler.profiler.kineto_results.experimental_event_tree())
+    while nodes:
+        node = nodes.pop()
+        nodes += node.children
+        if node.tag.name == "Allocation":
+            yield node.extra_fields.alloc_size
+
+
+def test_the_buffers_of_collectives_are_those_of_gloo() -> None:
+    taken, _ = ranks.run(2, taken_by_collectives)
+    assert all(traced == measured for measured, traced in taken.values()), taken
+    assert taken["reduce_scatter_tensor"][0] == 4 << 20, "gloo sums in a copy of what it is given"
 
 
 def test_the_benchmark_agrees_with_the_events_of_the_allocator() -> None:
@@ -196,25 +245,27 @@ def test_collectives_are_counted_by_kind_and_size(cuda: Tracer) -> None:
     assert costs["inner"]["flops"]["float32"] == costs["last"]["flops"]["float32"] > 0
 
 
-def test_activations_shrink_with_checkpointing_and_states_with_the_stage(cuda: Tracer) -> None:
-    size = {"samples": 16, "tokens": 64}
-    activations = []
-    for mode in ("none", "selective", "full"):
-        one = job(activation_checkpointing=mode)
-        found = cuda.trace(one, shape(one, **size))
-        activations.append(found["peak_bytes"] - found["states_bytes"])
-    assert activations == sorted(activations, reverse=True)
-    states = []
-    for stage in (1, 2, 3):
-        one = job(ranks=8, engine="deepspeed", zero={"stage": stage, "bucket_size": 1000})
-        states.append(cuda.trace(one, shape(one))["states_bytes"])
-    assert states == sorted(states, reverse=True)
-
-
-def test_memory_grows_with_the_micro_batch(cuda: Tracer) -> None:
-    one = job()
-    peaks = [cuda.trace(one, shape(one, samples))["peak_bytes"] for samples in (1, 2, 3, 8)]
-    assert peaks == sorted(peaks)
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        pytest.param({"engine": "torch"}, id="DDP"),
+        pytest.param({"engine": "torch", "zero": {"stage": 2}}, id="FSDP2"),
+        *(
+            pytest.param({"engine": "deepspeed", "zero": {"stage": stage, **ZERO}}, id=f"ZeRO-{stage}")
+            for stage in (1, 2, 3)
+        ),
+    ],
+)
+def test_two_micro_batches_tell_the_memory_and_the_costs_of_more(
+    cuda: Tracer, strategy: dict[str, Any]
+) -> None:
+    one = job(ranks=2, accumulation=5, **strategy)
+    two, five = cuda.traces([(one, {**shape(one), "micro_batches": number}, None, None) for number in (2, 5)])
+    held = 3 * (3 * 4 * 32 + 4) * 8  # the batches of a window are there together, beside a loss of each
+    for phase, size in two["by_phase"].items():
+        assert 0 <= five["by_phase"][phase] - size - held * (phase != "build") <= 64
+    assert five["costs"]["last"] == two["costs"]["last"]
+    assert five["costs"]["inner"]["flops"]["float32"] == 4 * two["costs"]["inner"]["flops"]["float32"]
 
 
 def test_a_model_that_cannot_be_built_is_told_by_its_key(tracer: Tracer) -> None:

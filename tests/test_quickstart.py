@@ -36,7 +36,7 @@ def test_the_example_for_gpus_is_the_same_job_in_fp16_on_eight() -> None:
     assert gpu["strategy"].pop("precision") == {"dtype": "fp16", "loss_scale": "dynamic"}
     job["strategy"].pop("precision")
     assert gpu["strategy"] == job["strategy"]
-    assert gpu["training"] == job["training"]
+    assert gpu["training"] == {**job["training"], "global_batch_size": 256}
     assert gpu["cluster"] == {"gpus_per_node": 8, "device": "cuda"}
     command = [sys.executable, "-m", "memlaunch.launcher.cli", "validate", str(EXAMPLE / "job-gpu.json")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -153,6 +153,11 @@ def stay(way: Way, size: int) -> Move:
 WAYS = [
     Way("deepspeed", 2, {"precision": FP16, "optimizer": EIGHT_BIT}),
     Way("deepspeed", 3, {"freeze": ["encoder.layer[0]"]}),
+    Way("torch", 3),
+    Way("torch", 3, {"precision": {**FP16, "parameters": "same"}}),
+    Way("torch", 3, {"zero": {"stage": 3, "offload_optimizer": "cpu", "offload_parameters": "cpu"}}),
+    Way("torch", 2, {"precision": FP16, "activation_checkpointing": "full"}),
+    Way("torch", 2, {"optimizer": EIGHT_BIT, "freeze": ["encoder.layer[0]"]}),
     Way(more={"precision": FP16}),
     Way(),
     Way(more={"optimizer": EIGHT_BIT, "freeze": ["encoder.layer[0]"]}),
@@ -167,9 +172,18 @@ WAYS = [
 
 TORCH = Way(dropout=0.0)
 ZERO = [Way("deepspeed", stage, dropout=0.0) for stage in range(4)]
+FSDP = {stage: Way("torch", stage, dropout=0.0) for stage in (2, 3)}
 MOVES = [
     Move(TORCH, 2, ZERO[1], 2),
     Move(TORCH, 2, ZERO[3], 2),
+    Move(TORCH, 2, FSDP[3], 2),
+    Move(FSDP[3], 2, TORCH, 1),
+    Move(FSDP[3], 2, FSDP[3], 1),
+    Move(FSDP[2], 1, FSDP[3], 2),
+    Move(FSDP[3], 2, ZERO[3], 4),
+    Move(ZERO[3], 2, FSDP[2], 2),
+    Move(ZERO[2], 2, FSDP[3], 4),
+    Move(FSDP[2], 2, ZERO[2], 2),
     Move(ZERO[2], 2, ZERO[3], 2),
     Move(TORCH, 2, TORCH, 1),
     Move(TORCH, 1, TORCH, 4),
@@ -231,7 +245,7 @@ def differences(whole: RunDir, run: RunDir, exactly: bool) -> Iterator[str]:
 def test_a_sample_goes_on_bit_for_bit_or_elsewhere_with_the_same_losses(
     subject: dict[float, Path], tmp_path: Path
 ) -> None:
-    check(subject, [*(stay(way, 2) for way in WAYS[:2]), *MOVES[:2]], tmp_path)
+    check(subject, [*(stay(way, 2) for way in WAYS[:3]), *MOVES[:3]], tmp_path)
 
 
 @pytest.mark.long

@@ -19,6 +19,9 @@ FREEZE = ["embeddings", "encoder.layer[0]"]
 STRATEGIES: list[dict[str, Any]] = [
     {"engine": "torch"},
     {"engine": "torch", "precision": {"dtype": "bf16", "parameters": "same"}},
+    {"engine": "torch", "zero": {"stage": 2}},
+    {"engine": "torch", "zero": {"stage": 3}, "precision": {"dtype": "bf16", "parameters": "same"}},
+    {"engine": "torch", "zero": {"stage": 3, "offload_optimizer": "cpu", "offload_parameters": "cpu"}},
     {"engine": "deepspeed", "zero": {"stage": 0}},
     {"engine": "deepspeed", "zero": {"stage": 1}, "precision": {"dtype": "bf16", "parameters": "same"}},
     {"engine": "deepspeed", "zero": {"stage": 2}},
@@ -117,5 +120,6 @@ def test_the_model_holds_the_masters_and_the_frozen_input(base_model: Path, tmp_
         assert moved > 10, f"{strategy}: training moved hardly anything"
         loaded = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "model")
         assert loaded.config.num_labels == 2
+        assert loaded.dtype == torch.float32, f"{strategy}: in the type that it was saved in"
         assert loaded.config.use_cache
         transformers.AutoTokenizer.from_pretrained(folder / "model")

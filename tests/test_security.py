@@ -94,7 +94,8 @@ def test_every_dependency_is_pinned_and_installed_as_pinned() -> None:
     pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     optional = declared["optional-dependencies"]
-    for wanted in [*declared["dependencies"], *optional["dev"], *optional["example"]]:
+    extras = [name for extra in ("dev", "docs", "example", "lora") for name in optional[extra]]
+    for wanted in [*declared["dependencies"], *extras]:
         name = re.split(r"[\[<>=!~ ;]", wanted)[0].lower()
         assert name in pins, name
         assert metadata.version(name).partition("+")[0] == pins[name]

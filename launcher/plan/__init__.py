@@ -1,13 +1,12 @@
 """What a job will be like, before it runs."""
 
 import json
-import subprocess
-import sys
 from typing import TYPE_CHECKING, Any, Literal
 
-from memlaunch.launcher.errors import EXIT_FAILED, UserError
+from memlaunch.launcher.errors import UserError
 
 if TYPE_CHECKING:
+    from memlaunch.launcher.plan.traces import Tracer
     from memlaunch.launcher.resolve import ResolvedJob
     from memlaunch.launcher.source import Document
 
@@ -15,30 +14,20 @@ if TYPE_CHECKING:
 BASELINE: Literal["random"] = "random"
 
 
-def batches(resolved: "ResolvedJob", document: "Document") -> dict[str, Any]:
+def batches(resolved: "ResolvedJob", document: "Document", tracer: "Tracer") -> dict[str, Any]:
     """The figures of the job's batches over its own data, tokenised as a run would.
 
-    They are worked out in a process of their own, which loads what a rank loads. See
-    :mod:`memlaunch.launcher.plan.batches` for what they are.
+    See :mod:`memlaunch.launcher.plan.batches` for what they are.
 
     Raises:
         UserError: the data cannot be read, shown where ``document`` names it.
     """
-    done = subprocess.run(
-        [sys.executable, "-m", "memlaunch.launcher.plan.batches"],
-        input=resolved.to_json(),
-        stdout=subprocess.PIPE,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise UserError(
-            "the batches could not be planned", "what went wrong stands above", exit_code=EXIT_FAILED
-        )
-    answer: dict[str, Any] = json.loads(done.stdout)
-    if "key" in answer:
-        raise UserError(problems=[document.finding(answer["key"], answer["message"], answer["hint"])])
-    return answer
+    from memlaunch.launcher.plan.traces import NotTraced
+
+    try:
+        return tracer.batches(json.loads(resolved.to_json()))
+    except NotTraced as error:
+        raise UserError(problems=[document.finding(error.key, str(error), error.hint)]) from None
 
 
 def table(figures: dict[str, Any]) -> str:

@@ -6,6 +6,9 @@ settings that torch has by default or with expandable segments; not held against
 blocks that wait for another stream before they are free, and garbage collection, which is off by default.
 """
 
+import base64
+import zlib
+from array import array
 from bisect import bisect_left, insort
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -72,6 +75,19 @@ def simulate(
         elif not allocator.allocate(event[0], event[1], event[2] if len(event) > 2 else 0):
             return allocator.usage(out_of_memory=True)
     return allocator.usage()
+
+
+def packed(events: Iterable[tuple[int, int]]) -> str:
+    """Events without streams as text, for JSON."""
+    numbers = array("q", (number for event in events for number in event))
+    return base64.b64encode(zlib.compress(numbers.tobytes(), 1)).decode("ascii")
+
+
+def unpacked(text: str) -> Iterable[tuple[int, int]]:
+    """The events that :func:`packed` was given."""
+    numbers = array("q")
+    numbers.frombytes(zlib.decompress(base64.b64decode(text)))
+    return zip(numbers[::2], numbers[1::2], strict=True)
 
 
 def rounded(size: int) -> int:
@@ -275,5 +291,6 @@ class CachingAllocator:
         self.requested += requested
         self.allocated += allocated
         self.reserved += reserved
-        now = (self.requested, self.allocated, self.reserved)
-        self._peaks = [max(pair) for pair in zip(self._peaks, now, strict=True)]
+        if requested > 0 or reserved > 0:
+            now = (self.requested, self.allocated, self.reserved)
+            self._peaks = [max(pair) for pair in zip(self._peaks, now, strict=True)]

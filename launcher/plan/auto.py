@@ -1,69 +1,68 @@
-"""Which keys of a job file are for the planner to choose."""
+"""Which keys of a job file are for the planner to choose, and what may stand in their place."""
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from memlaunch.launcher.keys import KeyPath, dotted
-from memlaunch.launcher.plan.search import (
-    ACCUMULATION,
-    BUCKET,
-    CHECKPOINTING,
-    ENGINE,
-    MICRO_BATCH,
-    OPTIMIZER,
-    PARAMETERS,
-    STAGE,
-)
+from memlaunch.launcher.keys import KeyPath, dotted, parse
 
 AUTO = "auto"
 
-#: Key that may be ``"auto"`` -> what stands in its place while the rest of the job is checked.
-SIMPLEST: dict[str, Any] = {
-    ENGINE: "torch",
-    STAGE: 0,
-    OPTIMIZER: "none",
-    PARAMETERS: "none",
-    BUCKET: 50_000_000,
-    CHECKPOINTING: "none",
-    MICRO_BATCH: None,
-    ACCUMULATION: None,
+ENGINE = "strategy.engine"
+STAGE = "strategy.zero.stage"
+BUCKET = "strategy.zero.bucket_size"
+OPTIMIZER = "strategy.zero.offload_optimizer"
+PARAMETERS = "strategy.zero.offload_parameters"
+CHECKPOINTING = "strategy.activation_checkpointing.mode"
+MICRO_BATCH = "training.micro_batch_size"
+ACCUMULATION = "training.gradient_accumulation_steps"
+
+#: Key that may be open -> its values, the simplest first.
+CHOICES: dict[str, tuple[Any, ...]] = {
+    PARAMETERS: ("none", "cpu"),
+    OPTIMIZER: ("none", "cpu"),
+    BUCKET: (50_000_000, 5_000_000),
+    CHECKPOINTING: ("none", "selective", "full"),
+    ENGINE: ("torch", "deepspeed"),
+    STAGE: (0, 1, 2, 3),
 }
+#: Key that may be open, and whose values follow from those of other keys.
+SIZES = (MICRO_BATCH, ACCUMULATION)
 
 
-def opened(value: Mapping[str, Any], shorthands: Mapping[KeyPath, str]) -> dict[str, Any]:
-    """The keys of a job file that say ``"auto"``, each with what stands in its place meanwhile.
+def opened(value: Mapping[str, Any], shorthands: Mapping[KeyPath, str]) -> frozenset[str]:
+    """The keys of a job file that say ``"auto"`` and may.
 
     Args:
         value: what the file says.
         shorthands: section -> its leading key, where the section may be written as that alone.
     """
-    found = {
-        key: simple
-        for key, simple in SIMPLEST.items()
-        if _says_auto(value, tuple(key.split(".")), shorthands)
-    }
-    zero = value.get("strategy", {}).get("zero", {}) if isinstance(value.get("strategy"), dict) else {}
-    if (
-        ENGINE in found
-        and isinstance(zero, dict)
-        and any(zero.get(k) not in (None, 0, "none", AUTO) for k in zero)
-    ):
-        found[ENGINE] = "deepspeed"
-    return found
+    return frozenset(key for key in (*CHOICES, *SIZES) if _says_auto(value, parse(key), shorthands))
 
 
-def open_keys(found: Mapping[str, Any], value: Mapping[str, Any]) -> frozenset[str]:
+def open_keys(found: frozenset[str], value: Mapping[str, Any]) -> frozenset[str]:
     """The keys that the planner chooses: those of :func:`opened`, and what follows from them.
 
-    The accumulation follows from the micro-batch, unless the job fixes it.
+    The accumulation follows from the micro-batch and the micro-batch from it, unless the job fixes them.
     """
     training = value.get("training") or {}
     keys = set(found)
-    if MICRO_BATCH in keys and training.get("gradient_accumulation_steps") in (None, AUTO):
+    if MICRO_BATCH in keys and training.get("gradient_accumulation_steps") is None:
         keys.add(ACCUMULATION)
-    if ACCUMULATION in keys and MICRO_BATCH not in keys and training.get("micro_batch_size") is None:
+    if ACCUMULATION in keys and training.get("micro_batch_size") is None:
         keys.add(MICRO_BATCH)
     return frozenset(keys)
+
+
+def stand_ins(found: frozenset[str]) -> Iterator[dict[str, Any]]:
+    """What may stand in the place of the keys of :func:`opened`, the simplest first.
+
+    Batch sizes are left out, so that they follow from each other.
+    """
+    keys = [key for key in CHOICES if key in found]
+    sizes = {key: None for key in SIZES if key in found}
+    for values in itertools.product(*(CHOICES[key] for key in keys)):
+        yield {**dict(zip(keys, values, strict=True)), **sizes}
 
 
 def _says_auto(value: Any, path: KeyPath, shorthands: Mapping[KeyPath, str]) -> bool:

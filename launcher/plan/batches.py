@@ -1,14 +1,7 @@
-"""The batches of a job over its own data, in figures; a resolved job comes in, one JSON object goes out.
-
-Run as ``python -m memlaunch.launcher.plan.batches``, in a process that may load what a rank loads.
-"""
+"""The batches of a job over its own data, in figures; for a process that may load what a rank loads."""
 
 import functools
-import json
-import sys
-import tempfile
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,8 +24,10 @@ def figures(resolved: "ResolvedJob") -> dict[str, Any]:
     from memlaunch.strategies.bucketing import summarise
     from memlaunch.strategies.padding import padded_lengths
 
+    if resolved.job.model.entry is not None:
+        return _own_figures(resolved)
     data = load(resolved)
-    width = functools.partial(padded_lengths, settings=resolved.job.data.padding, max_length=data.max_length)
+    width = functools.partial(padded_lengths, settings=resolved.job.data.padding, max_length=data.widest)
     ways: dict[str, Any] = {}
     modes: list[Mode] = [resolved.job.data.batching.mode, BASELINE]
     for mode in dict.fromkeys(modes):
@@ -41,21 +36,22 @@ def figures(resolved: "ResolvedJob") -> dict[str, Any]:
     return {"data": {**tokens.summary(data.train), "max_length": data.max_length}, "ways": ways}
 
 
-def main() -> None:
-    """Read a resolved job from stdin, write its figures, or what is wrong with it, to stdout."""
-    from memlaunch.launcher import resolve
-    from memlaunch.launcher.training.errors import JobMismatch
+def _own_figures(resolved: "ResolvedJob") -> dict[str, Any]:
+    """Those of an entry's samples; each counts as one token where they have no lengths."""
+    import numpy as np
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "resolved.json")
-        path.write_text(sys.stdin.read(), encoding="utf-8")
-        resolved = resolve.load(path)
-    try:
-        answer = figures(resolved)
-    except JobMismatch as error:
-        answer = {"key": error.key, "message": str(error), "hint": error.hint}
-    json.dump(answer, sys.stdout)
+    from memlaunch.launcher.plan import BASELINE
+    from memlaunch.launcher.training import entries
+    from memlaunch.launcher.training.data import deal
+    from memlaunch.strategies.bucketing import summarise
 
-
-if __name__ == "__main__":
-    main()
+    entry = entries.build(resolved.job.model, resolved.job.training.seed)
+    lengths = np.ones(len(entry.train), np.int32) if entry.lengths is None else np.array(entry.lengths)
+    total, longest = int(lengths.sum()), int(lengths.max())
+    modes: list[Mode] = [BASELINE] if entry.lengths is None else [resolved.job.data.batching.mode, BASELINE]
+    ways = {}
+    for mode in dict.fromkeys(modes):
+        dealt = deal(resolved, lengths, resolved.world_size, 0, mode)
+        ways[mode] = asdict(summarise(dealt, width=lambda longest: longest, tokens=total))
+    about = {"source": resolved.job.model.entry, "samples": len(lengths), "tokens": total}
+    return {"data": {**about, "longest": longest, "truncated": 0, "max_length": longest}, "ways": ways}

@@ -6,17 +6,21 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import Any
+from typing import Any, Literal
 
 from memlaunch.launcher.errors import UserError
 from memlaunch.launcher.keys import closest
 
+#: What plans call a machine without GPUs.
+CPU = "CPU"
+
 
 @dataclass(frozen=True)
 class Gpu:
-    """One kind of GPU; what the figures mean stands in the catalogue.
+    """One kind of GPU, or a rank's share of a machine without; what the figures mean stands in the catalogue.
 
     Attributes:
+        capability: the compute capability, such as 9.0; 0 for a CPU.
         flops: dtype -> floating-point operations a second, dense.
         memory_bandwidth, link, pcie, network: bytes a second.
     """
@@ -29,6 +33,11 @@ class Gpu:
     link: float
     pcie: float
     network: float
+
+    @property
+    def device(self) -> Literal["cpu", "cuda"]:
+        """What torch calls it."""
+        return "cuda" if self.capability else "cpu"
 
 
 @functools.cache

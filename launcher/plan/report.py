@@ -1,10 +1,11 @@
 """A plan as one JSON object, and as text."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from memlaunch.launcher.plan import overheads
-from memlaunch.launcher.plan.search import (
+from memlaunch.launcher.plan.auto import (
     ACCUMULATION,
     CHECKPOINTING,
     CHOICES,
@@ -13,12 +14,9 @@ from memlaunch.launcher.plan.search import (
     OPTIMIZER,
     PARAMETERS,
     STAGE,
-    Candidate,
-    Found,
-    Question,
-    changed,
-    explore,
 )
+from memlaunch.launcher.plan.gpus import CPU
+from memlaunch.launcher.plan.search import Candidate, Found, Question, changed, explore
 from memlaunch.launcher.plan.traces import Tracer
 
 GIB = 1 << 30
@@ -70,7 +68,8 @@ def breakdown(question: Question, candidate: Candidate) -> dict[str, int]:
         return {}
     rows = {row.cause: row.size(question.circumstances) for row in overheads.OVERHEADS}
     fragmentation = candidate.reserved - candidate.allocated
-    return {**candidate.trace["breakdown"], "fragmentation": fragmentation, **rows}
+    besides = {cause: size for cause, size in rows.items() if size}
+    return {**candidate.trace["breakdown"], "fragmentation": fragmentation, **besides}
 
 
 def why(question: Question, found: Found, key: str) -> str:
@@ -89,8 +88,13 @@ def why(question: Question, found: Found, key: str) -> str:
         if tight:
             least = min(tight, key=lambda c: c.total)
             more = least.changes[MICRO_BATCH]
-            return f"{more} samples would need {_gib(least.total)} of {_gib(question.room)}"
-        return "larger ones are no faster" if larger else "it is all of a rank's share of the global batch"
+            return f"{more} samples would need {gib(least.total)} of {gib(question.room)}"
+        if larger:
+            return "larger ones are no faster"
+        whole = question.job["training"]["global_batch_size"] // question.machines.ranks
+        if question.bucket is not None and size is not None and size < whole:
+            return f"larger ones would mix the lengths of buckets of {question.bucket} samples"
+        return "it is all of a rank's share of the global batch"
     value = winner.changes[key]
     simplest = CHOICES[key][0]
     if value == simplest:
@@ -101,7 +105,7 @@ def why(question: Question, found: Found, key: str) -> str:
     fitting = [c for c in simpler if c.total <= question.room]
     if not fitting:
         least = min(simpler, key=lambda c: c.total)
-        return f"with `{least.changes[key]}` it needs at least {_gib(least.total)} of {_gib(question.room)}"
+        return f"with `{least.changes[key]}` it needs at least {gib(least.total)} of {gib(question.room)}"
     fastest = min(fitting, key=lambda c: c.seconds)
     slower = 100 * (fastest.seconds / winner.seconds - 1)
     return f"with `{fastest.changes[key]}` a step would take {slower:.0f} % longer"
@@ -111,9 +115,7 @@ def ways_out(question: Question, tracer: Tracer) -> list[dict[str, Any]]:
     """Up to three sets of changes to a job that does not fit, the smallest first, by estimates."""
     shown: list[dict[str, Any]] = []
     for keys in RELAXATIONS:
-        relaxed = Question(
-            question.job, question.open | keys, question.shape, question.machines, question.expandable
-        )
+        relaxed = replace(question, open=question.open | keys)
         fitting = [c for c in explore(relaxed, tracer) if c.total <= question.room]
         if fitting:
             best = min(fitting, key=lambda c: (len(_differences(question, c)), c.seconds))
@@ -128,18 +130,15 @@ def ways_out(question: Question, tracer: Tracer) -> list[dict[str, Any]]:
 def text(plan: Mapping[str, Any]) -> str:
     """A plan for people."""
     verdict = "fits" if plan["fits"] else "does not fit"
-    memory, room = plan["peak_reserved_bytes"], plan["usable_memory_bytes"]
-    outside = sum(plan["breakdown"].get(row.cause, 0) for row in overheads.OVERHEADS if not row.reserved)
     lines = [
-        f"{verdict}: {_gib(memory + outside)} of the {_gib(room)} that may be used of each {plan['gpu']} "
-        f"({plan['world_size']} in all), about {plan['step_seconds']:.3g} s a step",
-        f"host memory: {_gib(plan['host_memory_bytes'])} a machine",
+        f"{verdict}: {needs(plan)} ({plan['world_size']} in all), about {plan['step_seconds']:.3g} s a step",
+        f"host memory: {gib(plan['host_memory_bytes'])} a machine",
     ]
     if plan["moment"]:
         at = plan["moment"]
         lines += ["", f"the peak is in the {at['phase']} pass, at {at['op']}:"]
         parts = sorted(plan["breakdown"].items(), key=lambda part: -part[1])
-        lines += _columns([name.replace("_", " "), _gib(size)] for name, size in parts if size)
+        lines += _columns([name.replace("_", " "), gib(size)] for name, size in parts if size)
     if plan["chosen"]:
         lines += ["", "chosen:"]
         lines += [f"  {choice['key']} = {choice['value']}: {choice['why']}" for choice in plan["chosen"]]
@@ -147,7 +146,7 @@ def text(plan: Mapping[str, Any]) -> str:
         lines += ["", "what would fit:"]
         for way in plan["changes_that_fit"]:
             sets = ", ".join(f"{key}={value}" for key, value in way["changes"].items())
-            lines.append(f"  {sets}: {_gib(way['memory_bytes'])}")
+            lines.append(f"  {sets}: {gib(way['memory_bytes'])}")
     if len(plan["candidates"]) > 1:
         keys = [key for key in plan["candidates"][0]["changes"] if len(_values(plan, key)) > 1]
         header = [*(key.rsplit(".", 1)[-1] if key != CHECKPOINTING else "checkpointing" for key in keys)]
@@ -155,9 +154,25 @@ def text(plan: Mapping[str, Any]) -> str:
         for one in plan["candidates"]:
             cells = [str(one["changes"][key]) for key in keys]
             mark = "" if one["fits"] else "does not fit"
-            rows.append([*cells, _gib(one["memory_bytes"]), f"{one['step_seconds']:.3g}", mark])
+            rows.append([*cells, gib(one["memory_bytes"]), f"{one['step_seconds']:.3g}", mark])
         lines += ["", "candidates, the fastest first:", *_columns(rows)]
     return "\n".join(lines)
+
+
+def needs(plan: Mapping[str, Any]) -> str:
+    """What a rank needs, and of what."""
+    outside = sum(plan["breakdown"].get(row.cause, 0) for row in overheads.OVERHEADS if not row.reserved)
+    where = "a rank's share of the machine" if plan["gpu"] == CPU else f"each {plan['gpu']}"
+    room = gib(plan["usable_memory_bytes"])
+    return f"{gib(plan['peak_reserved_bytes'] + outside)} of the {room} that may be used of {where}"
+
+
+def line(plan: Mapping[str, Any]) -> str:
+    """A plan in one line: what was chosen and why, and what it needs."""
+    chosen = [f"{choice['key']} = {choice['value']} ({choice['why']})" for choice in plan["chosen"]]
+    verdict = "" if plan["fits"] else "does not fit: "
+    needed = f"{verdict}{needs(plan)}, about {plan['step_seconds']:.3g} s a step"
+    return f"planned: {'; '.join([*chosen, needed])}"
 
 
 def _values(plan: Mapping[str, Any], key: str) -> set[str]:
@@ -179,6 +194,8 @@ def _figures(question: Question, candidate: Candidate) -> dict[str, Any]:
 
 def _host(question: Question, candidate: Candidate) -> int:
     """Of one machine: each rank builds the whole model in fp32 first, and keeps there what is offloaded."""
+    if question.machines.gpu.device == "cpu":
+        return question.machines.per_node * candidate.total
     parameters = (question.shape.get("parameters") or (0, 0))[0]
     return question.machines.per_node * max(4 * int(parameters), candidate.host)
 
@@ -206,5 +223,6 @@ def _columns(rows: Iterable[Sequence[str]]) -> list[str]:
     return ["  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in table]
 
 
-def _gib(size: float) -> str:
+def gib(size: float) -> str:
+    """Bytes for people."""
     return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / (1 << 20):.0f} MiB"

@@ -7,17 +7,27 @@ each, so four traces tell those of the whole. The fastest that fits is then trac
 
 import copy
 import itertools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from memlaunch.launcher import checks
 from memlaunch.launcher.plan import overheads
+from memlaunch.launcher.plan.auto import (
+    ACCUMULATION,
+    BUCKET,
+    CHECKPOINTING,
+    CHOICES,
+    ENGINE,
+    MICRO_BATCH,
+    OPTIMIZER,
+    PARAMETERS,
+    STAGE,
+)
 from memlaunch.launcher.plan.jobs import resolved_of
 from memlaunch.launcher.plan.overheads import Circumstances
-from memlaunch.launcher.plan.time import Machines, step_seconds, work_seconds
+from memlaunch.launcher.plan.time import Machines, arithmetic_seconds, step_seconds
 from memlaunch.launcher.plan.traces import Request, Tracer
-from memlaunch.strategies import TECHNIQUES
 
 #: The share of a GPU's memory that is left free.
 MARGIN = 0.04
@@ -27,27 +37,6 @@ FRAGMENTATION = 1.06
 TIE = 0.02
 #: Micro-batches beyond this gain nothing.
 LARGEST_MICRO_BATCH = 256
-#: How many candidates are traced as a whole before the search gives up.
-CONFIRMATIONS = 6
-
-ENGINE = "strategy.engine"
-STAGE = "strategy.zero.stage"
-BUCKET = "strategy.zero.bucket_size"
-OPTIMIZER = "strategy.zero.offload_optimizer"
-PARAMETERS = "strategy.zero.offload_parameters"
-CHECKPOINTING = "strategy.activation_checkpointing.mode"
-MICRO_BATCH = "training.micro_batch_size"
-ACCUMULATION = "training.gradient_accumulation_steps"
-
-#: Key that may be open -> its values, the simplest first.
-CHOICES: dict[str, tuple[Any, ...]] = {
-    PARAMETERS: ("none", "cpu"),
-    OPTIMIZER: ("none", "cpu"),
-    BUCKET: (50_000_000, 5_000_000),
-    CHECKPOINTING: ("none", "selective", "full"),
-    ENGINE: ("torch", "deepspeed"),
-    STAGE: (0, 1, 2, 3),
-}
 
 Changes = dict[str, Any]
 
@@ -76,6 +65,11 @@ class Candidate:
     seconds: float
     trace: dict[str, Any] | None = None
 
+    @property
+    def least(self) -> int:
+        """Bytes that it needs for sure: how much more the allocator reserves is known from a trace alone."""
+        return self.total if self.trace is not None else self.total - self.reserved + self.allocated
+
 
 @dataclass(frozen=True)
 class Found:
@@ -101,6 +95,7 @@ class Question:
         open: the keys to choose; see :data:`CHOICES`, :data:`MICRO_BATCH` and :data:`ACCUMULATION`.
         shape: the largest micro-batch of the job; its number of samples is replaced by each candidate's.
         expandable: whether the allocator has expandable segments.
+        bucket: samples of a bucket, where the job fixes it; larger micro-batches would mix lengths.
     """
 
     job: dict[str, Any]
@@ -108,6 +103,7 @@ class Question:
     shape: dict[str, Any]
     machines: Machines
     expandable: bool = False
+    bucket: int | None = None
 
     @property
     def circumstances(self) -> Circumstances:
@@ -127,51 +123,120 @@ def search(question: Question, tracer: Tracer) -> Found:
         NotTraced: the job does not fit its model.
         UserError: a trace failed.
     """
-    return _confirmed(question, explore(question, tracer), tracer)
+    space = _Space(question, tracer)
+    space.explore()
+    while (best := _best(space.fitting())) is not None and best.trace is None:
+        space.confirm(best)
+        space.explore()  # what was passed over may be better than the next best
+    if best is None:
+        best = min(space.candidates, key=lambda c: c.total)
+        best = best if best.trace is not None else space.confirm(best)
+    found = sorted(space.candidates, key=lambda c: (c.seconds, c.rank))
+    return Found(best, best.total <= question.room, tuple(found))
 
 
 def explore(question: Question, tracer: Tracer) -> list[Candidate]:
-    """The candidates that may be the fastest that fits, from fits alone.
+    """The candidates that may be the fastest that fits, from fits alone."""
+    space = _Space(question, tracer)
+    space.explore()
+    return space.candidates
 
-    Strategies are looked at from the simplest on. One is passed over where its arithmetic and memory traffic
-    alone take longer than the best so far, or where the most sharded one like it does not fit.
+
+class _Space:
+    """The strategies of a question, of which only those are traced that may be the answer.
+
+    Branch and bound: the next to be looked at is the one that may be the fastest. One is passed over where
+    it cannot be faster than what fits, for its arithmetic alone, or for what it takes when less is computed
+    again; or where one does not fit that needs less.
+
+    Attributes:
+        candidates: all that were looked at.
     """
-    looked_at: list[Candidate] = []
-    sizes = micro_batches(question)
 
-    def look(structure: Changes) -> Fit:
-        fit = Fit.of(question, structure, sizes, tracer)
-        looked_at.extend(fit.candidate(size) for size in sizes)
-        return fit
+    def __init__(self, question: Question, tracer: Tracer) -> None:
+        self.candidates: list[Candidate] = []
+        self._question, self._tracer = question, tracer
+        self._sizes = micro_batches(question)
+        self._tiers = _tiers(question)
+        self._fits: list[Fit] = []
 
-    def best() -> float:
-        return min((c.seconds for c in looked_at if c.total <= question.room), default=math.inf)
+    def fitting(self) -> list[Candidate]:
+        """Those that fit, or may."""
+        return [candidate for candidate in self.candidates if candidate.least <= self._question.room]
 
-    for tier in _tiers(question):
-        for level in _levels(tier):
-            work = 0.0
-            for number, structure in enumerate(level):
-                if best() <= (1 + TIE) * work:
-                    break
-                fit = look(structure)
-                work = fit.work(sizes[-1])
-                if number == 0 and len(level) > 2 and fit.candidate(sizes[0]).total > question.room:
-                    sharded = look(level.pop())
-                    if sharded.candidate(sizes[0]).total > question.room:
-                        break
-            if best() <= (1 + TIE) * work:
-                break  # what comes computes more
-        if best() < math.inf:
-            break
-    return looked_at
+    def confirm(self, candidate: Candidate) -> Candidate:
+        """Trace a candidate as a whole, and have the result in its place."""
+        whole = confirm(self._question, candidate.changes, self._tracer)
+        self.candidates[self.candidates.index(candidate)] = whole
+        return whole
+
+    def explore(self) -> None:
+        """Look at strategies until none that is left can be the answer; goes on where it ended before."""
+        for tier in self._tiers:
+            while (structure := self._next(tier)) is not None:
+                tier.remove(structure)
+                fit = Fit.of(self._question, structure, self._sizes, self._tracer)
+                self._fits.append(fit)
+                self.candidates.extend(fit.candidate(size) for size in self._sizes)
+            if self.fitting():
+                break
+
+    def _next(self, tier: Sequence[Changes]) -> Changes | None:
+        best = _best(self.fitting())
+        bounds = [(self._bound(structure), structure) for structure in tier if not self._hopeless(structure)]
+        if best is not None:
+            fastest = min(candidate.seconds for candidate in self.fitting())
+            bounds = [
+                (bound, structure)
+                for bound, structure in bounds
+                if bound < fastest or (bound <= (1 + TIE) * fastest and _rank(structure) < best.rank)
+            ]  # what is simpler wins a tie
+        if not bounds:
+            return None
+        chosen = min(bounds, key=lambda pair: pair[0])[1]  # the first of them, which is the simplest
+        if best is None and self._fits and self._too_large(self._fits[-1]):
+            # If that of the engine which needs the least does not fit either, none of them does.
+            last = self._fits[-1].structure
+            return next((s for _, s in reversed(bounds) if _alike(s, last, (STAGE, CHECKPOINTING))), chosen)
+        return chosen
+
+    def _bound(self, structure: Changes) -> float:
+        """Seconds that no candidate of a strategy goes below, from those that compute no more."""
+        bound = 0.0
+        for fit in self._fits:
+            if _place(fit.structure, CHECKPOINTING) <= _place(structure, CHECKPOINTING):
+                bound = max(bound, fit.arithmetic(self._sizes[-1]))
+                if _alike(fit.structure, structure, but=(CHECKPOINTING,)):
+                    bound = max(bound, min(fit.candidate(size).seconds for size in self._sizes))
+        return bound
+
+    def _hopeless(self, structure: Changes) -> bool:
+        """Whether a strategy did not fit that differs only in sharding or computing more."""
+        return any(
+            _alike(fit.structure, structure, but=(STAGE, CHECKPOINTING))
+            and _place(fit.structure, STAGE) >= _place(structure, STAGE)
+            and _place(fit.structure, CHECKPOINTING) >= _place(structure, CHECKPOINTING)
+            and self._too_large(fit)
+            for fit in self._fits
+        )
+
+    def _too_large(self, fit: "Fit") -> bool:
+        return fit.candidate(self._sizes[0]).least > self._question.room
 
 
-def _levels(tier: Sequence[Changes]) -> list[list[Changes]]:
-    """The strategies of a tier by how much they compute again, each from the simplest on."""
-    levels: dict[Any, list[Changes]] = {}
-    for structure in tier:
-        levels.setdefault(structure.get(CHECKPOINTING), []).append(structure)
-    return list(levels.values())
+def _place(structure: Changes, key: str) -> int:
+    """How far a value is from the simplest; 0 where the key is not open."""
+    return CHOICES[key].index(structure[key]) if key in structure else 0
+
+
+def _alike(one: Changes, other: Changes, but: Sequence[str]) -> bool:
+    return all(one.get(key) == other.get(key) for key in CHOICES if key not in but)
+
+
+def _rank(structure: Changes) -> tuple[int, ...]:
+    """How far a strategy is from the simplest; offload and small buckets go last, since they cost most."""
+    places = [_place(structure, key) for key in CHOICES]
+    return (sum(places[:3]), sum(places), *places)
 
 
 def micro_batches(question: Question) -> list[int]:
@@ -184,7 +249,8 @@ def micro_batches(question: Question) -> list[int]:
     share = training["global_batch_size"] // ranks
     if ACCUMULATION not in question.open:
         return [share // training["gradient_accumulation_steps"]]
-    return [n for n in range(1, min(share, LARGEST_MICRO_BATCH) + 1) if share % n == 0]
+    most = min(share, LARGEST_MICRO_BATCH, max(1, (question.bucket or share * ranks) // ranks))
+    return [n for n in range(1, most + 1) if share % n == 0]
 
 
 def structures(question: Question) -> Iterator[Changes]:
@@ -237,8 +303,8 @@ def _sensible(changes: Changes, question: Question) -> bool:
 
 
 def _conflicts(job: dict[str, Any]) -> bool:
-    setup = resolved_of(job).setup("cuda")
-    return any(True for technique in TECHNIQUES for _ in technique.conflicts(setup))
+    resolved = resolved_of(job)
+    return any(True for _ in checks.check_strategy(resolved.job, resolved.world_size))
 
 
 def _floor(question: Question, structure: Changes) -> int:
@@ -341,15 +407,18 @@ class Fit:
             for part in one
         }
 
-    def work(self, size: int) -> float:
-        """Seconds of a step's arithmetic and memory traffic alone."""
-        return work_seconds(self.costs(size), _accumulation(self.question, size), self.question.machines)
+    def arithmetic(self, size: int) -> float:
+        """Seconds of a step's arithmetic in the passes alone, which no engine changes."""
+        accumulation = _accumulation(self.question, size)
+        return arithmetic_seconds(self.costs(size), accumulation, self.question.machines)
 
     def candidate(self, size: int) -> Candidate:
         """The strategy with micro-batches of ``size``."""
         question = self.question
-        peaks = [self.at(size, "by_phase", phase) for phase in ("build", "passes", "step")]
-        allocated = round(max(peaks)) + overheads.reserved(question.circumstances)
+        phases = {phase for trace in self.corners.values() for phase in trace["by_phase"]}
+        # Each by itself: which one is the highest changes with the number of layers.
+        highest = round(max(self.at(size, "by_phase", phase) for phase in phases))
+        allocated = highest + overheads.reserved(question.circumstances)
         reserved = round(allocated * FRAGMENTATION)
         host = max(0, round(self.at(size, "offloaded_bytes")))
         return _candidate(question, self.structure, size, allocated, reserved, host, self.costs(size))
@@ -367,28 +436,6 @@ def request(
     return job, shape, layers, None
 
 
-def _confirmed(question: Question, looked_at: list[Candidate], tracer: Tracer) -> Found:
-    """Trace the best candidates as a whole, one after the other, until one fits."""
-    candidates = sorted(looked_at, key=lambda c: (c.seconds, c.rank))
-
-    def trace(candidate: Candidate) -> Candidate:
-        whole = confirm(question, candidate, tracer)
-        candidates[candidates.index(candidate)] = whole
-        return whole
-
-    for _ in range(CONFIRMATIONS):
-        best = _best([c for c in candidates if c.total <= question.room])
-        if best is None:
-            break
-        if best.trace is not None or trace(best).total <= question.room:
-            break
-    best = _best([c for c in candidates if c.trace is not None and c.total <= question.room])
-    if best is None:
-        best = min(candidates, key=lambda c: c.total)
-        best = best if best.trace is not None else trace(best)
-    return Found(best, best.total <= question.room, tuple(candidates))
-
-
 def _best(fitting: list[Candidate]) -> Candidate | None:
     """The simplest of those that are about as fast as the fastest."""
     if not fitting:
@@ -397,20 +444,22 @@ def _best(fitting: list[Candidate]) -> Candidate | None:
     return min((c for c in fitting if c.seconds <= (1 + TIE) * fastest), key=lambda c: (c.rank, c.seconds))
 
 
-def confirm(question: Question, candidate: Candidate, tracer: Tracer) -> Candidate:
-    """The candidate by a trace of the whole job."""
-    structure = {key: value for key, value in candidate.changes.items() if key in CHOICES}
-    size = candidate.changes.get(MICRO_BATCH) or micro_batches(question)[0]
+def confirm(question: Question, changes: Changes, tracer: Tracer) -> Candidate:
+    """The candidate with these values of the open keys, by a trace of the whole job."""
+    structure = {key: value for key, value in changes.items() if key in CHOICES}
+    size = changes.get(MICRO_BATCH) or micro_batches(question)[0]
     accumulation = _accumulation(question, size)
     more = overheads.reserved(question.circumstances)
     capacity = question.room - overheads.outside(question.circumstances) - more
     job, shape, layers, _ = request(question, structure, size, accumulation)
     trace = tracer.trace(job, shape, layers, capacity)
-    usage = trace["expandable_allocator" if question.expandable else "allocator"]
+    usage = trace.get("expandable_allocator" if question.expandable else "allocator")
     allocated = trace["peak_bytes"] + more  # of everything, where the simulation ended early
-    reserved = max(allocated, usage["peak_reserved"] + more)
-    if usage["out_of_memory"]:
-        reserved = max(reserved, capacity + more + 1)
+    reserved = allocated
+    if usage is not None:  # a CPU has no caching allocator
+        reserved = max(allocated, usage["peak_reserved"] + more)
+        if usage["out_of_memory"]:
+            reserved = max(reserved, capacity + more + 1)
     return _candidate(
         question, structure, size, allocated, reserved, trace["offloaded_bytes"], trace["costs"], trace
     )
@@ -434,10 +483,9 @@ def _candidate(
         host,
         zero["offload_parameters"] != "none",
     )
-    rank = tuple(CHOICES[key].index(value) for key, value in structure.items())
     return Candidate(
         changes=_open_only(question, _whole(question, structure, size)),
-        rank=(sum(rank[:3]), sum(rank), *rank, -size),
+        rank=(*_rank(structure), -size),
         allocated=allocated,
         reserved=reserved,
         total=reserved + overheads.outside(question.circumstances),

@@ -70,20 +70,26 @@ def step_seconds(
     return seconds
 
 
-def work_seconds(costs: Mapping[str, Mapping[str, Any]], accumulation: int, machines: Machines) -> float:
-    """The part of :func:`step_seconds` that is arithmetic and memory traffic of the GPU."""
+def arithmetic_seconds(
+    costs: Mapping[str, Mapping[str, Any]], accumulation: int, machines: Machines
+) -> float:
+    """The part of :func:`step_seconds` that is arithmetic of the passes, which is never less."""
     inner = costs["inner"] if costs["inner"]["kernels"] else costs["last"]
-    parts = (_work(part, machines.gpu) for part in (inner, costs["last"], costs["step"]))
-    each, last, step = parts
-    return (accumulation - 1) * each + last + step
+    each, last = (_arithmetic(part, machines.gpu) for part in (inner, costs["last"]))
+    return (accumulation - 1) * each + last
+
+
+def _arithmetic(costs: Mapping[str, Any], gpu: Gpu) -> float:
+    return float(
+        sum(
+            count / (OF_FLOPS * gpu.flops.get(dtype, gpu.flops["float32"]))
+            for dtype, count in costs["flops"].items()
+        )
+    )
 
 
 def _work(costs: Mapping[str, Any], gpu: Gpu) -> float:
-    arithmetic = sum(
-        count / (OF_FLOPS * gpu.flops.get(dtype, gpu.flops["float32"]))
-        for dtype, count in costs["flops"].items()
-    )
-    return float(arithmetic + costs["bytes_moved"] / (OF_BANDWIDTH * gpu.memory_bandwidth))
+    return _arithmetic(costs, gpu) + float(costs["bytes_moved"]) / (OF_BANDWIDTH * gpu.memory_bandwidth)
 
 
 def _seconds(costs: Mapping[str, Any], machines: Machines) -> float:

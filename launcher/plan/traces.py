@@ -1,18 +1,25 @@
 """Traces of jobs, made in processes of their own and kept on disk by all that they depend on."""
 
+import contextlib
+import copy
+import functools
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
+from memlaunch.launcher import entry
 from memlaunch.launcher.errors import EXIT_FAILED, UserError
+from memlaunch.launcher.plan import allocator
 
 #: What decides a trace beside the job, the shape of its batches and the code of memlaunch.
 _LIBRARIES = ("torch", "transformers", "deepspeed", "bitsandbytes")
@@ -36,11 +43,11 @@ Request = tuple[dict[str, Any], dict[str, Any], int | None, int | None]
 
 
 class Tracer:
-    """Answers of ``python -m memlaunch.launcher.plan.trace``, from processes that start when one is needed.
+    """Answers of ``python -m memlaunch.launcher.plan.trace``, a process that starts when it is needed.
 
     Args:
         device: ``cpu``, or ``cuda`` for what CUDA would do.
-        processes: how many work at once; each takes about 1 GB of memory.
+        processes: how many requests are worked on at once; each takes some 100 MB of memory.
         cache: where answers are kept; None for nowhere.
     """
 
@@ -49,27 +56,19 @@ class Tracer:
         self._device = device
         self._limit = processes
         self._cache = cache
-        self._started: list[subprocess.Popen[str]] = []
-        self._idle: SimpleQueue[subprocess.Popen[str] | None] = SimpleQueue()
-        for _ in range(processes):
-            self._idle.put(None)
+        self._server = _Server()
 
     def __enter__(self) -> "Tracer":
         return self
 
     def __exit__(self, *error: object) -> None:
-        for process in self._started:
-            process.kill()
-            process.wait()
-            for pipe in (process.stdin, process.stdout):
-                if pipe is not None:
-                    pipe.close()
+        self._server.end()
 
-    def warm_up(self, processes: int) -> None:
-        """Start to load the libraries in so many processes."""
-        for _ in range(min(processes, self._limit)):
-            self._idle.get()
-            self._idle.put(self._start())
+    def on(self, device: str) -> "Tracer":
+        """One for another device, with the same process and cache."""
+        other = copy.copy(self)
+        other._device = device
+        return other
 
     def shape(self, job: dict[str, Any]) -> dict[str, Any]:
         """The largest micro-batch of a resolved job's own data.
@@ -78,9 +77,16 @@ class Tracer:
             NotTraced: the data cannot be read.
             UserError: for any other reason.
         """
-        kept = {section: job.get(section) for section in ("model", "data")}
-        changed = [_stamp(job["data"]["train"])]
-        return self._answer({"resolved": job, "shape": None}, [kept, changed, job["training"]])
+        return self._answer({"resolved": job, "shape": None}, ["shape", *_read(job)])
+
+    def batches(self, job: dict[str, Any]) -> dict[str, Any]:
+        """The figures of the batches of a resolved job; see :mod:`memlaunch.launcher.plan.batches`.
+
+        Raises:
+            NotTraced, UserError: as for :meth:`shape`.
+        """
+        ranks = [job["cluster"]["nodes"], job["cluster"]["gpus_per_node"], job["cluster"]["hostfile"]]
+        return self._answer({"resolved": job, "batches": True}, ["batches", *_read(job), ranks])
 
     def traces(self, requests: Sequence[Request]) -> list[dict[str, Any]]:
         """The trace of each request; see :mod:`memlaunch.launcher.plan.trace.tracing`.
@@ -99,16 +105,26 @@ class Tracer:
         layers: int | None = None,
         capacity: int | None = None,
     ) -> dict[str, Any]:
-        """One of :meth:`traces`."""
-        request = {"resolved": job, "shape": shape, "layers": layers, "capacity": capacity}
-        return self._answer(request, [_effective(job), shape, layers, capacity, self._device])
+        """One of :meth:`traces`.
+
+        What the caching allocator does within ``capacity`` is worked out here, from the trace's events.
+        """
+        request = {"resolved": job, "shape": shape, "layers": layers}
+        answer = self._answer(request, [_effective(job), shape, layers, self._device])
+        events = answer.pop("events", None)
+        for key, expandable in (("allocator", False), ("expandable_allocator", True)):
+            # What is not reached changes nothing.
+            if capacity is not None and key in answer and answer[key]["peak_reserved"] > capacity:
+                settings = allocator.Settings(expandable, capacity)
+                answer[key] = asdict(allocator.simulate(allocator.unpacked(events), settings))
+        return answer
 
     def _answer(self, request: dict[str, Any], depends_on: Iterable[Any]) -> dict[str, Any]:
         kept = self._path(depends_on)
         if kept is not None and kept.exists():
             found: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
             return found
-        answer = self._ask({**request, "device": self._device})
+        answer = self._server.ask({**request, "device": self._device})
         if "error" in answer:
             raise UserError(
                 f"the job cannot be traced: {answer['error'].strip().splitlines()[-1]}",
@@ -120,23 +136,50 @@ class Tracer:
         self.traced += 1
         if kept is not None:
             kept.parent.mkdir(parents=True, exist_ok=True)
-            partial = kept.with_suffix(f".{os.getpid()}")
+            partial = kept.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
             partial.write_text(json.dumps(answer), encoding="utf-8")
             partial.replace(kept)
         return answer
 
-    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        process = self._idle.get() or self._start()
-        try:
+    def _path(self, depends_on: Iterable[Any]) -> Path | None:
+        if self._cache is None:
+            return None
+        text = json.dumps([*depends_on, _versions()], sort_keys=True)
+        return self._cache / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
+
+
+class _Server:
+    """The process, which starts with the first request, and who waits for which of its answers."""
+
+    def __init__(self) -> None:
+        self._numbers = itertools.count()
+        self._waiting: dict[int, Future[dict[str, Any]]] = {}
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+        self._reader: threading.Thread | None = None
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The answer; ``error`` in it says that there is none."""
+        future: Future[dict[str, Any]] = Future()
+        with self._lock:
+            process = self._process = self._process or self._start()
+            number = next(self._numbers)
+            self._waiting[number] = future
             assert process.stdin is not None
-            assert process.stdout is not None
-            process.stdin.write(json.dumps(request) + "\n")
-            process.stdin.flush()
-            line = process.stdout.readline()
-        finally:
-            self._idle.put(process)
-        answer: dict[str, Any] = json.loads(line) if line else {"error": "the tracing process ended"}
-        return answer
+            with contextlib.suppress(BrokenPipeError):  # whoever reads the answers says so
+                process.stdin.write(json.dumps({"id": number, **request}) + "\n")
+                process.stdin.flush()
+        return future.result()
+
+    def end(self) -> None:
+        """End the process, and what it is at."""
+        with self._lock:
+            process, reader = self._process, self._reader
+        if process is None:
+            return
+        process.kill()
+        assert reader is not None
+        reader.join()
 
     def _start(self) -> subprocess.Popen[str]:
         process = subprocess.Popen(
@@ -146,14 +189,25 @@ class Tracer:
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
         )
-        self._started.append(process)
+        self._reader = threading.Thread(target=self._read, args=(process,), daemon=True)
+        self._reader.start()
         return process
 
-    def _path(self, depends_on: Iterable[Any]) -> Path | None:
-        if self._cache is None:
-            return None
-        text = json.dumps([*depends_on, _versions()], sort_keys=True)
-        return self._cache / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
+    def _read(self, process: subprocess.Popen[str]) -> None:
+        assert process.stdout is not None
+        assert process.stdin is not None
+        for line in process.stdout:
+            answer = json.loads(line)
+            self._waiting.pop(answer.pop("id")).set_result(answer)
+        with self._lock:
+            self._process = None
+            for future in self._waiting.values():
+                future.set_result({"error": "the tracing process ended"})
+            self._waiting.clear()
+            process.stdout.close()
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
+            process.wait()
 
 
 def default_cache() -> Path:
@@ -166,27 +220,42 @@ def _effective(job: dict[str, Any]) -> dict[str, Any]:
     training, cluster = job["training"], job["cluster"]
     return {
         "model": job["model"],
-        "weights": _stamp(job["model"].get("path") or ""),
+        "weights": _stamp(job["model"].get("path") or _module(job)),
         "strategy": job["strategy"],
         "training": {key: training[key] for key in _TRAINING},
         "ranks": [cluster["nodes"], cluster["gpus_per_node"]],
     }
 
 
+def _read(job: dict[str, Any]) -> list[Any]:
+    """The part of a resolved job that its batches depend on, and what changes when its files do."""
+    files = [job["data"].get(key) for key in ("train", "eval")]
+    files += [*(job["model"].get(key) for key in ("path", "tokenizer")), _module(job)]
+    return [job["model"], job["data"], job["training"], [_stamp(file or "") for file in files]]
+
+
+def _module(job: dict[str, Any]) -> str:
+    """The file of the user's own model, where the job has one."""
+    name = job["model"].get("entry")
+    return str(entry.parse(name, Path("/")).file) if name is not None else ""
+
+
 def _stamp(path: str) -> list[Any]:
-    """What changes when a file or a model folder does."""
+    """What changes when a file, or one in a folder, does."""
     found = Path(path)
-    if found.is_dir():
-        found = found / "config.json"
-    return [path, found.stat().st_mtime_ns, found.stat().st_size] if path and found.exists() else [path]
+    if not path or not found.exists():
+        return [path]
+    files = sorted(found.iterdir()) if found.is_dir() else [found]
+    return [path, *([file.name, file.stat().st_mtime_ns, file.stat().st_size] for file in files)]
 
 
+@functools.cache
 def _versions() -> list[str]:
     """Of the libraries, and a fingerprint of memlaunch's own code."""
     versions = [importlib.metadata.version(name) for name in _LIBRARIES]
     digest = hashlib.sha256()
     package = Path(__file__).parents[1]
-    sources = [package / "plan" / "allocator.py"]
+    sources = [package / "plan" / name for name in ("allocator.py", "batches.py")]
     for folder in (package / "plan" / "trace", package / "training", package.parent / "strategies"):
         sources += sorted(folder.rglob("*.py"))
     for source in sources:

@@ -1,14 +1,16 @@
 """Micro-batches as tensors: which samples the sampler gives, padded, with what is real in them counted."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
-from memlaunch.launcher.training.tasks import IGNORED, Task
+from memlaunch.launcher.training.labels import Labelling, Visit, tokens_themselves
+from memlaunch.launcher.training.tasks import IGNORED, ModelTask
 from memlaunch.launcher.training.tokens import Tokens
 from memlaunch.strategies import padding
 from memlaunch.strategies.bucketing import BucketedSampler, Packing
@@ -19,15 +21,16 @@ class MicroBatch:
     """One micro-batch of one rank.
 
     Attributes:
-        inputs: what the model is called with; each of shape (samples, tokens).
-        labels: (samples,) classes or (samples, tokens) token ids, `IGNORED` where nothing counts.
+        inputs: what the model is called with; each of shape (samples, tokens), for a model of transformers.
+        labels: (samples,) classes or (samples, tokens) token ids, `IGNORED` where nothing counts; for a model
+            of the user's own, what its loss takes.
         count: how many labels count.
         samples, tokens, padded_tokens: samples, their real tokens, and the tokens of the rectangle; all 0
             for a stand-in.
     """
 
     inputs: dict[str, Tensor]
-    labels: Tensor
+    labels: Any
     count: int
     samples: int
     tokens: int
@@ -37,14 +40,27 @@ class MicroBatch:
         """The same on ``device``."""
         if device.type == "cpu":
             return self
-        inputs = {name: _send(tensor, device) for name, tensor in self.inputs.items()}
-        return MicroBatch(
-            inputs, _send(self.labels, device), self.count, self.samples, self.tokens, self.padded_tokens
+        inputs, labels = tree_map_only(
+            Tensor,
+            lambda tensor: tensor.pin_memory().to(device, non_blocking=True),
+            (self.inputs, self.labels),
         )
+        return replace(self, inputs=inputs, labels=labels)
 
 
-def _send(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor.pin_memory().to(device, non_blocking=True)
+@dataclass(frozen=True)
+class Evaluation:
+    """What to evaluate on.
+
+    Attributes:
+        collate: sample indices -> a micro-batch; of none, a stand-in.
+        lengths: tokens of each sample, by which they are ordered.
+        micro_batch_size: samples of one rank at once.
+    """
+
+    collate: Callable[[Sequence[int]], MicroBatch]
+    lengths: np.ndarray[Any, Any]
+    micro_batch_size: int
 
 
 @dataclass(frozen=True)
@@ -52,38 +68,36 @@ class Collate:
     """Sample indices to a :class:`MicroBatch`.
 
     Attributes:
-        class_of_code: the class of each label code, for a classification; None where the labels are the
-            tokens.
         fill: field -> value to pad it with.
+        labelling: what makes the labels.
     """
 
     tokens: Tokens
-    task: Task
+    task: ModelTask
     padding: padding.PaddingSettings
     max_length: int
     fill: dict[str, int]
-    class_of_code: np.ndarray[Any, np.dtype[np.int64]] | None
+    labelling: Labelling = tokens_themselves
 
-    def __call__(self, indices: Sequence[int]) -> MicroBatch:
-        """The micro-batch of ``indices``; of none, a stand-in: one real sample of which nothing counts.
+    def __call__(self, items: Sequence[SupportsIndex]) -> MicroBatch:
+        """The micro-batch of ``items``, indices of samples; of none, a stand-in of which nothing counts.
 
         A rank that has no samples left runs it forward and backward, so that the collectives of all ranks
         meet.
         """
-        samples = [self.tokens.sample(index) for index in indices or (0,)]
+        chosen = list(items) or [0]
+        indices = [int(item) for item in chosen]
+        samples = [self.tokens.sample(index) for index in indices]
         lengths = [len(sample["input_ids"]) for sample in samples]
         inputs = padding.pad(samples, self.padding, self.max_length, self.fill)
-        rows, width = inputs["input_ids"].shape
-        real = torch.arange(width)[None, :] < torch.tensor(lengths)[:, None]
+        real = torch.arange(inputs["input_ids"].shape[1])[None, :] < torch.tensor(lengths)[:, None]
         inputs["attention_mask"] = real.to(torch.int64)
-        if self.class_of_code is not None:
-            assert self.tokens.codes is not None
-            labels = torch.from_numpy(self.class_of_code[self.tokens.codes[list(indices or (0,))]])
-        else:
-            labels = inputs["input_ids"].masked_fill(~real, IGNORED)
-        if not indices:
+        labels = self.labelling(chosen, inputs, real)
+        if not items:
             return MicroBatch(inputs, torch.full_like(labels, IGNORED), 0, 0, 0, 0)
-        return MicroBatch(inputs, labels, self.task.count(labels), rows, sum(lengths), rows * width)
+        padded = sum(inputs[name].numel() for name in ("input_ids", "decoder_input_ids") if name in inputs)
+        tokens = int(self.tokens.lengths[indices].sum())
+        return MicroBatch(inputs, labels, self.task.count(labels), len(samples), tokens, padded)
 
 
 @dataclass(frozen=True)
@@ -142,6 +156,19 @@ class PackedSampler:
             [samples[offsets[block] : offsets[block + 1]].tolist() for block in micro_batch]
             for micro_batch in self._sampler.step(epoch, k)
         ]
+
+
+class EpochSampler:
+    """The micro-batches of ``sampler``, which tell of each sample in what epoch it comes."""
+
+    def __init__(self, sampler: BucketedSampler) -> None:
+        self.steps_per_epoch = sampler.steps_per_epoch
+        self._sampler = sampler
+
+    def step(self, epoch: int, k: int) -> list[list[Visit]]:
+        """This rank's micro-batches of step ``k``."""
+        dealt = self._sampler.step(epoch, k)
+        return [[Visit(index, epoch) for index in micro_batch] for micro_batch in dealt]
 
 
 def evaluation_order(

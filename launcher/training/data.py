@@ -36,6 +36,11 @@ class Data:
     train: tokens.Tokens
     heldout: tokens.Tokens | None
 
+    @property
+    def widest(self) -> int:
+        """The most tokens of a row in a micro-batch; a target is as long as a text, at most."""
+        return self.max_length * (2 if self.train.longest[1] else 1)
+
     def fill(self, field: str) -> int:
         """The value that ``field`` of a batch is padded with."""
         types = int(self.tokenizer.pad_token_type_id)
@@ -79,7 +84,7 @@ def _check_size(
             "use the tokenizer that the model was made with, or raise `vocab_size` of a new model",
         )
     positions = getattr(config, "max_position_embeddings", None)
-    longest = int(train.lengths.max())
+    longest = max(train.longest)
     if isinstance(positions, int) and longest > positions:
         raise JobMismatch(
             "data.max_length",
@@ -99,18 +104,37 @@ def sampler(
     Raises:
         JobMismatch: a sample is longer than a micro-batch may be.
     """
-    batching, batch = resolved.job.data.batching, resolved.batch
-    mode = mode or batching.mode
+    mode = mode or resolved.job.data.batching.mode
     lengths: np.ndarray[Any, Any] = data.train.lengths
     if mode == "packed":
         lengths = data.train.packing(data.max_length, resolved.job.training.seed, epoch=0).lengths
+    if resolved.job.data.batching.max_tokens is not None:
+        # The budget counts what a sample takes once it is padded.
+        lengths = padding.padded_lengths(lengths, resolved.job.data.padding, data.max_length)
+    return deal(resolved, lengths, world_size, rank, mode, data.train.order if mode == "bucketed" else None)
+
+
+def deal(
+    resolved: "ResolvedJob",
+    lengths: "np.ndarray[Any, Any]",
+    world_size: int,
+    rank: int,
+    mode: Mode,
+    order: "np.ndarray[Any, Any] | None" = None,
+) -> BucketedSampler:
+    """The order of the job's batches of samples with these ``lengths``.
+
+    Args:
+        order: as for :class:`memlaunch.strategies.bucketing.BucketedSampler`.
+
+    Raises:
+        JobMismatch: a sample is longer than a micro-batch may be.
+    """
+    batching, batch = resolved.job.data.batching, resolved.batch
     by_tokens = batching.max_tokens is not None
     try:
         return BucketedSampler(
-            # The budget counts what a sample takes once it is padded.
-            padding.padded_lengths(lengths, resolved.job.data.padding, data.max_length)
-            if by_tokens
-            else lengths,
+            lengths,
             global_batch_size=batch.global_batch_size,
             micro_batch_size=None if by_tokens else batch.micro_batch_size,
             world_size=world_size,
@@ -120,8 +144,8 @@ def sampler(
             max_tokens=batching.max_tokens,
             mode=mode,
             longest_first=batching.longest_first,
-            order=data.train.order if mode == "bucketed" else None,
+            order=order,
         )
     except ValueError as error:
-        hint = "lower `data.max_length`, or raise the bound" if by_tokens else "look at the data"
+        hint = "cut the samples shorter, or raise the bound" if by_tokens else "look at the data"
         raise JobMismatch("data.batching", str(error), hint) from error

@@ -108,7 +108,7 @@ class DeepSpeedEngine:
         from deepspeed.runtime.zero.partition_parameters import GatheredParameters
         from deepspeed.utils import safe_get_full_fp32_param
 
-        sharded = self._setup.zero.stage > 0
+        sharded = self._setup.zero.stage != 0
         for name, parameter in self.module.named_parameters(remove_duplicate=False):
             master = safe_get_full_fp32_param(parameter) if sharded and parameter.requires_grad else None
             if master is not None:

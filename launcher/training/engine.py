@@ -103,9 +103,10 @@ class Engine(Protocol):
         """
 
     def rehearse(self, run: Callable[[], None]) -> None:
-        """Before the first step of a resumed run: do what the engine does behind the first step of any run.
+        """Before the first step of a resumed run: do what the engine does behind the first steps of any run.
 
-        ``run`` does a forward and a backward pass, whose gradients must be dropped. Every rank must call it.
+        It is called once for each optimizer step that is made already, but twice at most. ``run`` does a
+        forward and a backward pass, whose gradients must be dropped. Every rank must call it.
         """
 
     def loss_scale(self) -> dict[str, float] | None:

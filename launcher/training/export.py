@@ -1,18 +1,18 @@
 """The trained model in Hugging Face form: trainable weights from the fp32 masters, frozen ones unchanged."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from memlaunch.launcher.training.engine import Engine
 from memlaunch.launcher.training.world import World
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from memlaunch.strategies import lora
 
 
 class Untouched:
@@ -25,7 +25,7 @@ class Untouched:
 
     def __init__(
         self,
-        model: "PreTrainedModel",
+        model: nn.Module,
         stored: Mapping[str, torch.dtype],
         engine_casts: bool,
         use_cache: bool | None,
@@ -33,7 +33,7 @@ class Untouched:
     ) -> None:
         self.use_cache = use_cache
         frozen = {n: p for n, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
-        self._dtypes = {name: stored.get(name, tensor.dtype) for name, tensor in frozen.items()}
+        self._dtypes = {n: stored.get(lora.plain_name(n), tensor.dtype) for n, tensor in frozen.items()}
         self._copies = (
             {name: tensor.detach().clone() for name, tensor in frozen.items()}
             if engine_casts and world.is_main
@@ -47,7 +47,7 @@ class Untouched:
         return self._copies.get(name, tensor).to(self._dtypes[name])
 
 
-def stored_dtypes(path: str, revision: str | None, model: "PreTrainedModel") -> dict[str, torch.dtype]:
+def stored_dtypes(path: str, revision: str | None, model: PreTrainedModel) -> dict[str, torch.dtype]:
     """Parameter name -> dtype in the weight files of ``path``, a folder or a hub id that has been loaded.
 
     The files of a base model lack the prefix that the same tensors have inside ``model``. Where there are no
@@ -75,13 +75,20 @@ _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "
 
 def save(
     engine: Engine,
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
+    model: nn.Module,
+    save_more: Callable[[Path], None],
     untouched: Untouched,
     folder: Path,
     world: World,
 ) -> None:
-    """Write ``folder`` on the main rank, whole or not at all; every rank must take part."""
+    """Write ``folder`` on the main rank, whole or not at all; every rank must take part.
+
+    A model of transformers is saved by itself; any other as ``model.safetensors``, its ``state_dict``.
+    Adapters are added to what they adapt, and stand in ``adapter`` alone.
+
+    Args:
+        save_more: what else is to be written into the folder that it is given.
+    """
     weights: dict[str, Tensor] = {}
     gathered: dict[int, Tensor] = {}
     identity = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
@@ -94,13 +101,27 @@ def save(
         return
     persistent = model.state_dict().keys()
     buffers = {name: buffer.cpu() for name, buffer in model.named_buffers() if name in persistent}
+    config: Any = getattr(model, "config", None)
     if untouched.use_cache is not None:
-        model.config.use_cache = untouched.use_cache
+        config.use_cache = untouched.use_cache
     partial, old = (folder.with_name(f"{folder.name}.{state}") for state in ("partial", "old"))
     for rubbish in (partial, old):
         shutil.rmtree(rubbish, ignore_errors=True)
-    model.save_pretrained(partial, state_dict=weights | buffers)
-    tokenizer.save_pretrained(partial)
+    if adapted := lora.layers(model):
+        lora.save_adapter(model, weights, partial / "adapter", getattr(config, "_name_or_path", None))
+        weights = lora.merged(adapted, weights)
+    if isinstance(model, PreTrainedModel):
+        with lora.taken_out(model):
+            model.save_pretrained(partial, state_dict=weights | buffers)
+        # It has written the type of the parameters in memory, as which the file would then be loaded.
+        config.dtype = torch.float32
+        config.save_pretrained(partial)
+    else:
+        partial.mkdir(exist_ok=True)
+        # A file holds no tensor under two names. Copies are what `load_state_dict` takes for tied parameters.
+        alone = {name: tensor.contiguous().clone() for name, tensor in (weights | buffers).items()}
+        save_file(alone, partial / "model.safetensors", metadata={"format": "pt"})
+    save_more(partial)
     if folder.exists():  # of a run that went on
         folder.rename(old)
     partial.rename(folder)

@@ -9,12 +9,12 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from memlaunch.launcher.training import random_state
-from memlaunch.launcher.training.batches import Collate, MicroBatch, evaluation_order
+from memlaunch.launcher.training import random_state, statistics
+from memlaunch.launcher.training.batches import Evaluation, MicroBatch, evaluation_order
 from memlaunch.launcher.training.clock import Clock
 from memlaunch.launcher.training.engine import Engine
 from memlaunch.launcher.training.errors import TrainingFailed
-from memlaunch.launcher.training.tasks import Task, logits_of
+from memlaunch.launcher.training.tasks import Task
 from memlaunch.launcher.training.together import gather
 from memlaunch.launcher.training.world import World
 from memlaunch.strategies.accumulation import loss_weight
@@ -117,7 +117,8 @@ def train(
 
     if 0 < plan.start.step < plan.steps:
         first, *_ = sampler.step(*divmod(plan.start.step, sampler.steps_per_epoch))
-        _rehearse(engine, task, collate(first), world)
+        for _ in range(min(plan.start.step, 2)):
+            _rehearse(engine, task, lambda: collate(first), world)
         # A checkpoint comes before the evaluation of its step.
         evaluate_if_due(plan.start.step, plan.start.step / sampler.steps_per_epoch)
     for number in range(plan.start.step + 1, plan.steps + 1):
@@ -197,17 +198,22 @@ def _indices(item: Any) -> Sequence[int]:
     return [int(index) for index in item] if isinstance(item, Sequence) else [int(item)]
 
 
-def _rehearse(engine: Engine, task: Task, batch: MicroBatch, world: World) -> None:
-    """Let the engine try ``batch``, and leave no trace of it in the random states."""
+def _rehearse(engine: Engine, task: Task, make: Callable[[], MicroBatch], world: World) -> None:
+    """Let the engine try a batch, and leave no trace of it in the random states and in running statistics."""
     states = random_state.capture(world)
-    batch = batch.to(world.device)
+    batch = make().to(world.device)
 
     def run() -> None:
-        with engine.micro_step(last=True):
-            engine.backward(task.loss_sum(logits_of(engine.forward(batch.inputs)), batch.labels))
+        with engine.micro_step(last=True), statistics.kept(engine.module):
+            engine.backward(_loss(engine, task, batch))
 
     engine.rehearse(run)
     random_state.restore(*states, world)
+
+
+def _loss(engine: Engine, task: Task, batch: MicroBatch) -> Tensor:
+    """The summed loss of a micro-batch."""
+    return task.loss_sum(task.predictions(engine.forward(batch.inputs)), batch.labels)
 
 
 @dataclass(frozen=True)
@@ -246,12 +252,13 @@ def _optimizer_step(
     for index, batch in enumerate(window):
         batch = batch.to(world.device)
         with engine.micro_step(last=index == len(window) - 1):
-            loss = task.loss_sum(logits_of(engine.forward(batch.inputs)), batch.labels)
+            loss = _loss(engine, task, batch)
             clock.mark("forward")
             engine.backward(loss * weight)
             clock.mark("backward")
         losses.append(loss.detach())
     step = engine.step(learning_rate)
+    statistics.share(engine.module, world)
     clock.mark("optimizer")
     loss_sum = torch.stack(losses).sum(dtype=torch.float64).item() if losses else 0.0
     total, *votes = world.sum([loss_sum, *between.votes()])
@@ -290,20 +297,20 @@ def _peak_memory(world: World) -> int | None:
 
 
 @torch.no_grad()
-def evaluate(
-    engine: Engine, task: Task, collate: Collate, micro_batch_size: int, world: World
-) -> dict[str, float]:
+def evaluate(engine: Engine, task: Task, evaluation: Evaluation, world: World) -> dict[str, float]:
     """The task's figures over the whole evaluation data, the same on every rank."""
     engine.module.eval()
     loss = torch.zeros((), device=world.device, dtype=torch.float64)
-    right = torch.zeros((), device=world.device, dtype=torch.int64)
+    sums: dict[str, float | Tensor] = {}
     counted = 0
-    for indices in evaluation_order(collate.tokens.lengths, micro_batch_size, world.size, world.rank):
-        batch = collate(indices).to(world.device)
-        logits = logits_of(engine.forward(batch.inputs))
-        loss += task.loss_sum(logits, batch.labels)
-        if task.correct is not None:
-            right += task.correct(logits, batch.labels)
+    size = evaluation.micro_batch_size
+    for indices in evaluation_order(evaluation.lengths, size, world.size, world.rank):
+        batch = evaluation.collate(indices).to(world.device)
+        predictions = task.predictions(engine.forward(batch.inputs))
+        loss += task.loss_sum(predictions, batch.labels)
+        for name, tally in task.tallies(predictions, batch.labels).items():
+            sums[name] = sums.get(name, 0) + tally * bool(batch.count)
         counted += batch.count
-    loss_sum, correct, total = world.sum([loss.item(), right.item(), counted])
-    return dict(task.figures(loss_sum / max(1.0, total), correct / max(1.0, total)))
+    loss_sum, total, *tallies = world.sum([loss.item(), counted, *map(float, sums.values())])
+    shares = [tally / max(1.0, total) for tally in tallies]
+    return dict(task.figures(loss_sum / max(1.0, total), dict(zip(sums, shares, strict=True))))

@@ -109,6 +109,10 @@ def build(
 
     key = "model.config" if model.path is None else "model.path"
     built: PreTrainedModel = _loaded(key, model.path or f"a new {model.architecture}", load)
+    if model.task == "seq2seq-lm" and getattr(built.config, "decoder_start_token_id", None) is None:
+        # Newer transformers keep it among the settings of generation; where it is unknown, T5's is usual.
+        told = getattr(built.generation_config, "decoder_start_token_id", None)
+        built.config.decoder_start_token_id = pad_token if told is None else told
     return built
 
 
@@ -215,6 +219,12 @@ def _loaded(key: str, source: str, load: Any) -> Any:
         return load()
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if "couldn't connect" in str(error) or "offline mode" in str(error).lower():
+            raise JobMismatch(
+                key,
+                f"`{source}` is not on this machine, and the Hugging Face hub cannot be reached",
+                f"fetch it where there is a network (`hf download {source}`), or name a folder that holds it",
+            ) from error
         if "ignore_mismatched_sizes" in str(error):
             key, first = "model.num_labels", "its tensors have other sizes than this task's"
         raise JobMismatch(

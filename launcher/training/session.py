@@ -1,46 +1,33 @@
 """One rank's part of a run, from the resolved job to the saved model."""
 
 import contextlib
-import functools
-import inspect
 import json
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 
-from memlaunch.launcher.training import export, loop, together, tokens
-from memlaunch.launcher.training.batches import Collate, CollatePacked, MicroBatch, PackedSampler
+from memlaunch.launcher.training import export, loop, random_state, together
+from memlaunch.launcher.training import subject as subjects
 from memlaunch.launcher.training.between import Between
 from memlaunch.launcher.training.checkpoint import Checkpoints
-from memlaunch.launcher.training.data import Data, sampler
-from memlaunch.launcher.training.data import load as load_data
 from memlaunch.launcher.training.engine import Engine
 from memlaunch.launcher.training.errors import LaunchFailed, NotApplicable, TrainingFailed
-from memlaunch.launcher.training.model import (
-    build,
-    check_attention,
-    load_tokenizer,
-    locate,
-    parameter_count,
-)
+from memlaunch.launcher.training.model import parameter_count
 from memlaunch.launcher.training.schedule import learning_rate
 from memlaunch.launcher.training.stopping import StopRequests
-from memlaunch.launcher.training.tasks import TASKS, Task
 from memlaunch.launcher.training.trackers import Trackers
 from memlaunch.launcher.training.world import World
 from memlaunch.strategies import TECHNIQUES, optimizer, precision
-from memlaunch.strategies.padding import padded_length
 from memlaunch.strategies.technique import Setup
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
-    from transformers import PreTrainedModel
+    from torch.utils.hooks import RemovableHandle
 
     from memlaunch.launcher.resolve import ResolvedJob
     from memlaunch.launcher.rundir import RunDir
-    from memlaunch.strategies.padding import PaddingSettings
 
 
 def run(resolved: "ResolvedJob", folder: "RunDir", world: World) -> bool:
@@ -96,34 +83,20 @@ def _run(
     transformers.logging.set_verbosity_error()
     if job.training.deterministic:
         torch.use_deterministic_algorithms(True)
-    task = TASKS[job.model.task]
-
-    data = load_data(resolved)
-    names = tokens.label_names(data.train, job.model.num_labels) if data.train.codes is not None else None
-
-    model = build(job.model, names, data.pad_token, job.training.seed)
-    use_cache = getattr(model.config, "use_cache", None)
-    model.config.use_cache = False  # keys and values of earlier tokens have no use in training
-    if job.model.task == "causal-lm":
-        check_attention(model, job.model.attention, packed=job.data.batching.mode == "packed")
-    takes = inspect.signature(model.forward).parameters
-    collate = _collate(job.data.padding, data, data.train, "data.train", task, names, takes)
-    eval_batches = None
-    if data.heldout is not None:
-        eval_batches = _collate(job.data.padding, data, data.heldout, "data.eval", task, names, takes)
+    subject = subjects.load(resolved, world)
+    model, task, batches = subject.model, subject.task, subject.batches
+    _keep_bucket_size(resolved, folder, subject.bucket_size, world)
     for technique in TECHNIQUES:
         technique.prepare_model(model, setup)
-    path = job.model.path
-    stored = export.stored_dtypes(locate(path), job.model.revision, model) if path else {}
     casts = precision.engine_casts(setup.precision)
-    untouched = export.Untouched(model, stored, casts, use_cache, world)
+    untouched = export.Untouched(model, subject.stored, casts, subject.use_cache, world)
     everything, trainable = parameter_count(model)
     ignored = optimizer.useless_overrides(model, setup.optimizer)
-    unused = _watch_gradients(model)
-    torch.manual_seed(job.training.seed + world.rank)  # dropout differs between ranks
+    random_state.renew(job.training.seed + world.rank)  # dropout differs between ranks
+    kind = type(model).__name__
     engine = _start(model, setup, folder, world)
+    unused, watches = _watch_gradients(model)  # not before: FSDP2 puts parameters of its own in place
 
-    batches, train_collate = _training_batches(resolved, folder, data, collate, world)
     steps = job.training.max_steps or (job.training.epochs or 1) * batches.steps_per_epoch
     warmup = job.training.warmup_steps or round((job.training.warmup_ratio or 0) * steps)
     checkpoints = Checkpoints(folder, engine, world, job.output.keep_checkpoints)
@@ -132,21 +105,20 @@ def _run(
         folder.cut_metrics(start.step)
         if start.step:
             folder.append_event("resumed", step=start.step)
-        if (attention := model.config._attn_implementation) != job.model.attention:
-            folder.append_event("warning", message=f"this model has only `{attention}` attention")
+        for warning in subject.warnings:
+            folder.append_event("warning", message=warning)
         for pattern in ignored:
             folder.append_event(
                 "warning",
                 message=f"the override `{pattern}` matches frozen parameters only, and does nothing",
             )
-        for source in (data.train, data.heldout):
-            if source is not None:
-                folder.append_event("data", **tokens.summary(source), max_length=data.max_length)
-                for problem in source.skipped:
-                    folder.append_event("warning", message=f"a line is left out: {problem}")
+        for source in subject.sources:
+            folder.append_event("data", **source.summary)
+            for problem in source.skipped:
+                folder.append_event("warning", message=f"a line is left out: {problem}")
         folder.append_event(
             "started",
-            model=type(model).__name__,
+            model=kind,
             parameters=everything,
             trainable=trainable,
             world_size=world.size,
@@ -158,6 +130,8 @@ def _run(
         )
 
     def verify() -> None:
+        for watch in watches:
+            watch.remove()
         if unused:
             raise NotApplicable(
                 "strategy.freeze",
@@ -175,9 +149,8 @@ def _run(
             folder.append_event("verified", techniques=[technique.name for technique in TECHNIQUES])
 
     def evaluate() -> dict[str, float]:
-        assert eval_batches is not None
-        size = _eval_micro_batch_size(resolved, data)
-        return loop.evaluate(engine, task, eval_batches, size, world)
+        assert subject.evaluation is not None
+        return loop.evaluate(engine, task, subject.evaluation, world)
 
     plan = loop.Plan(
         steps=steps,
@@ -191,15 +164,14 @@ def _run(
         between=Between(checkpoints, requests, folder, world.is_main, job.output.checkpoint_every_steps),
     )
     arrived = loop.train(
-        engine, task, batches, train_collate, plan, world, evaluate if eval_batches is not None else None
+        engine, task, batches, subject.collate, plan, world, evaluate if subject.evaluation else None
     )
     checkpoints.close()
     if not arrived:
         return False
-    # Saved first: an evaluation that fails must not take the training with it. The tokenizer is loaded anew,
-    # since one that has been used remembers how it truncated.
-    export.save(engine, model, load_tokenizer(job.model), untouched, folder.model, world)
-    if eval_batches is not None:
+    # Saved first: an evaluation that fails must not take the training with it.
+    export.save(engine, model, subject.save_more, untouched, folder.model, world)
+    if subject.evaluation is not None:
         figures = evaluate()
         if world.is_main:
             epoch = round(steps / batches.steps_per_epoch, 6)
@@ -209,80 +181,33 @@ def _run(
     return True
 
 
-def _start(model: "PreTrainedModel", setup: Setup, folder: "RunDir", world: World) -> Engine:
+def _start(model: torch.nn.Module, setup: Setup, folder: "RunDir", world: World) -> Engine:
     if setup.engine == "torch":
-        from memlaunch.launcher.training.torch_engine import TorchEngine
+        from memlaunch.launcher.training import torch_engine
 
-        return TorchEngine(model, setup, world)
+        return torch_engine.start(model, setup, world)
     from memlaunch.launcher.training.deepspeed_engine import DeepSpeedEngine
 
     config: dict[str, Any] = json.loads(folder.ds_config.read_text(encoding="utf-8"))
     return DeepSpeedEngine(model, setup, world, config)
 
 
-def _collate(
-    padding: "PaddingSettings",
-    data: Data,
-    source: tokens.Tokens,
-    key: str,
-    task: Task,
-    names: "list[str] | None",
-    takes: "Container[str]",
-) -> Collate:
-    """What makes micro-batches of ``source``, of the fields that the model ``takes``.
-
-    ``key`` is the key of the job that names the source.
-    """
-    classes = tokens.class_of_code(source, names, key) if names is not None else None
-    fill = {name: data.fill(name) for name in source.fields if name in takes}
-    return Collate(source, task, padding, data.max_length, fill, classes)
-
-
-def _training_batches(
-    resolved: "ResolvedJob", folder: "RunDir", data: Data, whole: Collate, world: World
-) -> "tuple[loop.Sampler[Any], Callable[[Sequence[Any]], MicroBatch]]":
-    """What deals the training data, and what makes micro-batches of it.
-
-    A bucket size that the lengths decided is written into ``resolved.json``.
-    """
-    dealt = sampler(resolved, data, world.size, world.rank)
+def _keep_bucket_size(resolved: "ResolvedJob", folder: "RunDir", bucket_size: int, world: World) -> None:
+    """Write a bucket size that the lengths decided into ``resolved.json``."""
     batching = resolved.job.data.batching
     if world.is_main and batching.mode == "bucketed" and batching.bucket_size is None:
-        folder.place({folder.resolved.name: resolved.with_bucket_size(dealt.bucket_size).to_json()})
-    if resolved.job.data.batching.mode != "packed":
-        return dealt, whole
-    packing = functools.partial(data.train.packing, data.max_length, resolved.job.training.seed)
-    packed = CollatePacked(data.train, resolved.job.data.padding, data.max_length, data.pad_token)
-    return PackedSampler(dealt, packing), packed
+        folder.place({folder.resolved.name: resolved.with_bucket_size(bucket_size).to_json()})
 
 
-def _watch_gradients(model: "PreTrainedModel") -> set[str]:
-    """The trainable parameters that have had no gradient yet; the set shrinks as they get one."""
-    waiting = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+def _watch_gradients(model: torch.nn.Module) -> "tuple[set[str], list[RemovableHandle]]":
+    """The trainable parameters without a gradient so far, a shrinking set; and the hooks that see to it."""
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    waiting = set(trainable)
 
-    def watch(name: str, parameter: torch.nn.Parameter) -> None:
-        def arrived(tensor: torch.Tensor) -> None:
-            waiting.discard(name)
-            handle.remove()
+    def watch(name: str) -> "Callable[[torch.Tensor], None]":
+        return lambda _: waiting.discard(name)
 
-        handle = parameter.register_post_accumulate_grad_hook(arrived)
-
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            watch(name, parameter)
-    return waiting
-
-
-def _eval_micro_batch_size(resolved: "ResolvedJob", data: Data) -> int:
-    """As the job says; else twice the micro-batch, or as many longest samples as the token budget holds."""
-    if resolved.job.training.eval_micro_batch_size is not None:
-        return resolved.job.training.eval_micro_batch_size
-    if resolved.job.data.batching.max_tokens is not None:
-        assert data.heldout is not None
-        longest = int(data.heldout.lengths.max())
-        width = padded_length(longest, resolved.job.data.padding, data.max_length)
-        return max(1, resolved.job.data.batching.max_tokens // width)
-    return 2 * resolved.batch.micro_batch_size
+    return waiting, [p.register_post_accumulate_grad_hook(watch(name)) for name, p in trainable.items()]
 
 
 def _device_name(world: World) -> str:

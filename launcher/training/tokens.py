@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from filelock import FileLock
 
 from memlaunch.launcher.training import records
 from memlaunch.launcher.training.errors import JobMismatch
+from memlaunch.launcher.training.tasks import CLASSIFIES, IGNORED
 from memlaunch.strategies.bucketing import Packing, length_order, pack
 
 if TYPE_CHECKING:
@@ -23,10 +25,14 @@ if TYPE_CHECKING:
 
     from memlaunch.launcher.job import DataSection
 
+Ids = np.ndarray[Any, np.dtype[np.int32]]
+
 #: Samples a record batch of the Arrow file; row i is row i % CHUNK of batch i // CHUNK.
 CHUNK = 4096
 #: Part of every cache key: raise it when the layout or the tokenisation changes.
-LAYOUT = 4
+LAYOUT = 5
+#: The column of labels that are tokens, or stand at tokens.
+LABELS = "labels"
 
 
 @dataclass(frozen=True)
@@ -42,8 +48,10 @@ class Tokens:
 
     Attributes:
         source: where they come from.
-        lengths: tokens of each sample, int32, memory-mapped.
-        codes: index into ``labels.values`` of each sample's label, int32, memory-mapped; None without labels.
+        lengths: tokens of each sample, those of its target included, int32, memory-mapped.
+        longest: the most tokens of a text, and of a target.
+        codes: index into ``labels.values`` of each sample's label, int32, memory-mapped; None where samples
+            have no label as a whole.
         order: sample indices by descending length, memory-mapped, so that ranks share one copy.
         truncated: how many samples lost tokens to ``max_length``.
         skipped: what was wrong with each line that was left out.
@@ -54,22 +62,33 @@ class Tokens:
         about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
         self.source: str = about["source"]
         self.truncated: int = about["truncated"]
+        self.longest: tuple[int, int] = (about["longest"][0], about["longest"][1])
         self.skipped: list[str] = about["skipped"]
         self.labels = Labels(tuple(about["labels"]), tuple(about["label_lines"]))
         self.lengths: np.ndarray[Any, np.dtype[np.int32]] = np.load(folder / "lengths.npy", mmap_mode="r")
         self.order = np.load(folder / "order.npy", mmap_mode="r")
         codes = folder / "codes.npy"
         self.codes = np.load(codes, mmap_mode="r") if codes.exists() else None
-        self._chunks = pa.ipc.open_file(pa.memory_map(str(folder / "tokens.arrow"))).read_all().to_batches()
-        self.fields: list[str] = self._chunks[0].schema.names
+        table = pa.ipc.open_file(pa.memory_map(str(folder / "tokens.arrow"))).read_all()
+        self._chunks = [
+            {name: _views(chunk.column(name)) for name in table.schema.names} for chunk in table.to_batches()
+        ]
+        self.fields: list[str] = [name for name in table.schema.names if name != LABELS]
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def sample(self, index: int) -> dict[str, np.ndarray[Any, Any]]:
         """Field name -> token values of one sample, each of shape (tokens,)."""
-        chunk = self._chunks[index // CHUNK]
-        return {name: chunk.column(name)[index % CHUNK].values.to_numpy() for name in self.fields}
+        return {name: self._values(name, index) for name in self.fields}
+
+    def labels_of(self, index: int) -> np.ndarray[Any, Any]:
+        """The tokens of a sample's target; or for each of its tokens a label code, or ``IGNORED``."""
+        return self._values(LABELS, index)
+
+    def _values(self, name: str, index: int) -> np.ndarray[Any, Any]:
+        starts, values = self._chunks[index // CHUNK][name]
+        return values[starts[index % CHUNK] : starts[index % CHUNK + 1]]
 
     def packing(self, max_length: int, seed: int, epoch: int) -> Packing:
         """Whole samples in blocks of ``max_length`` tokens for one epoch."""
@@ -137,7 +156,7 @@ def _key(
         "layout": LAYOUT,
         "source": source,
         "files": [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files],
-        "columns": [data.text, label_column(data)],
+        "columns": [data.text, label_column(data), target_column(data)],
         "task": task,
         "max_length": max_length,
         "skip_bad_lines": data.skip_bad_lines,
@@ -172,21 +191,32 @@ def _write(
     lines: list[int] = []
     skipped: list[str] = []
     truncated = 0
-    sink = None
+    longest = [0, 0]
+    sink: Any = None
+
+    def code(label: int | str, line: int) -> int:
+        if label not in seen:
+            lines.append(line)
+        return seen.setdefault(label, len(seen))
+
     with pa.OSFile(str(folder / "tokens.arrow"), "wb") as file:
         for batch in _batches(_good(source, data, split, task, skipped), CHUNK):
-            batch_codes = []
-            for line, record in batch:
-                if task == "sequence-classification":
-                    label = _label(source, line, record[label_column(data)], data, split)
-                    if label not in seen:
-                        lines.append(line)
-                    batch_codes.append(seen.setdefault(label, len(seen)))
-            codes.append(np.array(batch_codes, dtype=np.int32))
             fields, cut = _tokenise([record for _, record in batch], data, tokenizer, task, max_length)
             truncated += cut
-            lengths.append(np.array([len(ids) for ids in fields["input_ids"]], dtype=np.int32))
-            arrays = {name: pa.array(values, pa.list_(pa.int32())) for name, values in fields.items()}
+            sizes = np.array([[len(ids) for ids in fields["input_ids"]], [0] * len(batch)], dtype=np.int32)
+            if task == "sequence-classification":
+                found = [code(_labels(source, n, r, data, split)[0], n) for n, r in batch]
+                codes.append(np.array(found, dtype=np.int32))
+            elif task == "token-classification":
+                begun: list[list[Any]] = fields[LABELS]
+                for row, (line, record) in zip(begun, batch, strict=True):
+                    known = [code(label, line) for label in _labels(source, line, record, data, split)]
+                    row[:] = [IGNORED if word is None else known[word] for word in row]
+            elif task == "seq2seq-lm":
+                sizes[1] = [len(ids) for ids in fields[LABELS]]
+            longest = [max(most, int(row.max())) for most, row in zip(longest, sizes, strict=True)]
+            lengths.append(sizes.sum(axis=0, dtype=np.int32))
+            arrays = {name: _column(values) for name, values in fields.items()}
             table = pa.record_batch(arrays)
             sink = sink or pa.ipc.new_file(file, table.schema)
             sink.write_batch(table)
@@ -196,16 +226,33 @@ def _write(
     all_lengths = np.concatenate(lengths)
     np.save(folder / "lengths.npy", all_lengths)
     np.save(folder / "order.npy", length_order(all_lengths))
-    if seen:
+    if codes:
         np.save(folder / "codes.npy", np.concatenate(codes))
     about = {
         "source": source,
         "truncated": truncated,
+        "longest": longest,
         "skipped": skipped,
         "labels": list(seen),
         "label_lines": lines,
     }
     (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
+
+
+def _column(rows: Sequence[Sequence[int]]) -> pa.Array:
+    """``rows`` as a column. ``pa.array`` would import pandas, which takes half a second and 40 MiB."""
+    starts = np.cumsum([0, *map(len, rows)], dtype=np.int32)
+    values = np.fromiter(chain.from_iterable(rows), dtype=np.int32, count=starts[-1])
+    inner = pa.Array.from_buffers(pa.int32(), len(values), [None, pa.py_buffer(values)])
+    buffers = [None, pa.py_buffer(starts)]
+    return pa.Array.from_buffers(pa.list_(pa.int32()), len(rows), buffers, children=[inner])
+
+
+def _views(column: pa.Array) -> tuple[Ids, Ids]:
+    """(where each row of ``column`` starts, the values of all), in its own memory; no pandas here, too."""
+    assert column.offset == 0
+    _, starts, _, values = column.buffers()
+    return np.frombuffer(starts, np.int32), np.frombuffer(values or b"", np.int32)
 
 
 def _good(
@@ -221,8 +268,8 @@ def _good(
             if isinstance(record, JobMismatch):
                 raise record
             _check_columns(source, line, record, data, split, task)
-            if task == "sequence-classification":
-                _label(source, line, record[label_column(data)], data, split)
+            if task in CLASSIFIES:
+                _labels(source, line, record, data, split)
         except JobMismatch as error:
             if len(skipped) == data.skip_bad_lines:
                 raise
@@ -247,16 +294,43 @@ def _batches(
 def _check_columns(
     source: str, line: int, record: records.Record, data: "DataSection", split: str, task: str
 ) -> None:
+    words = task == "token-classification"
     wrong = None
     for column in text_columns(data):
-        if not isinstance(record.get(column), str):
-            missing = record.get(column) is None
-            wrong = f"`{column}` " + ("is missing" if missing else f"is {record[column]!r}, not text")
-    if task == "sequence-classification" and record.get(label_column(data)) is None:
+        wrong = wrong or _wrong_text(column, record.get(column), words)
+    if task in CLASSIFIES and record.get(label_column(data)) is None:
         wrong = f"`{label_column(data)}` is missing"
+    if task == "seq2seq-lm":
+        wrong = wrong or _wrong_text(target_column(data), record.get(target_column(data)), words=False)
+    if words and wrong is None:
+        labels, count = record[label_column(data)], len(record[text_columns(data)[0]])
+        if not isinstance(labels, list):
+            wrong = f"`{label_column(data)}` is {labels!r}, not a list with a label for each word"
+        elif len(labels) != count:
+            wrong = f"`{label_column(data)}` has {len(labels)} labels for {count} words"
     if wrong is not None:
         hint = "the columns are " + ", ".join(f"`{name}`" for name in record)
         raise records.bad_line(source, line, f"data.{split}", wrong, hint)
+
+
+def _wrong_text(column: str, value: Any, words: bool) -> str | None:
+    """What is wrong with a text, or with a list of words; None where nothing is."""
+    if value is None:
+        return f"`{column}` is missing"
+    if not words:
+        return None if isinstance(value, str) else f"`{column}` is {value!r}, not text"
+    if not isinstance(value, list) or not value or not all(isinstance(word, str) for word in value):
+        return f"`{column}` is {value!r}, not a list of words"
+    return None
+
+
+def _labels(
+    source: str, line: int, record: records.Record, data: "DataSection", split: str
+) -> list[int | str]:
+    """The label of a record, or those of its words."""
+    value = record[label_column(data)]
+    values = value if isinstance(value, list) else [value]
+    return [_label(source, line, each, data, split) for each in values]
 
 
 def _label(source: str, line: int, value: Any, data: "DataSection", split: str) -> int | str:
@@ -285,6 +359,11 @@ def label_column(data: "DataSection") -> str:
     return data.label or "label"
 
 
+def target_column(data: "DataSection") -> str:
+    """The column of the text that is to be written."""
+    return data.target or "target"
+
+
 def _tokenise(
     batch: list[records.Record],
     data: "DataSection",
@@ -292,13 +371,19 @@ def _tokenise(
     task: str,
     max_length: int,
 ) -> tuple[dict[str, list[list[int]]], int]:
-    """(field -> token values of each sample, how many samples were cut to ``max_length``)."""
+    """(field -> token values of each sample, how many samples were cut to ``max_length``).
+
+    For a token-classification the field ``LABELS`` has the number of the word that begins at each token, or
+    None; for seq2seq-lm, the tokens of the target.
+    """
     texts = [[record[column] for record in batch] for column in text_columns(data)]
-    # Tokenised whole, then cut: the only way to know what was cut. The overflow is counted per sample.
-    encoded = tokenizer(*texts, truncation=False, padding=False, return_attention_mask=False, verbose=False)
-    whole = [len(ids) for ids in encoded["input_ids"]]
-    long = [index for index, length in enumerate(whole) if length > max_length]
-    fields = {name: [list(row) for row in encoded[name]] for name in encoded}
+    words = task == "token-classification"
+    fields, long = _encoded(tokenizer, texts, max_length, words, cut=task != "causal-lm")
+    if task == "seq2seq-lm":
+        targets = [record[target_column(data)] for record in batch]
+        written, longer = _encoded(tokenizer, [targets], max_length, words, target=True)
+        fields[LABELS] = written["input_ids"]
+        long = sorted({*long, *longer})
     if task == "causal-lm":
         end = tokenizer.eos_token_id
         for ids in fields["input_ids"]:
@@ -308,18 +393,54 @@ def _tokenise(
         long = [i for i, ids in enumerate(fields["input_ids"]) if len(ids) > max_length]
         for i in long:
             del fields["input_ids"][i][max_length:]
-    elif long:
-        cut = tokenizer(
-            *([column[index] for index in long] for column in texts),
-            truncation=True,
-            max_length=max_length,
+    return fields, len(long)
+
+
+def _encoded(
+    tokenizer: "PreTrainedTokenizerBase",
+    texts: Sequence[list[Any]],
+    max_length: int,
+    words: bool,
+    cut: bool = True,
+    target: bool = False,
+) -> tuple[dict[str, list[list[Any]]], list[int]]:
+    """(field -> token values of each sample, the samples that are longer than ``max_length``).
+
+    Args:
+        texts: of each column, those of the samples; or lists of ``words``.
+        cut: the longer ones are cut.
+        target: they are what a decoder is to write.
+    """
+
+    def encode(texts: Sequence[list[Any]], **how: Any) -> dict[str, list[list[Any]]]:
+        given = {"text_target": texts[0]} if target else dict(zip(("text", "text_pair"), texts, strict=False))
+        encoded = tokenizer(
+            **given,
+            is_split_into_words=words,
             padding=False,
             return_attention_mask=False,
+            verbose=False,
+            **how,
         )
-        for name in fields:
-            for row, index in enumerate(long):
-                fields[name][index] = list(cut[name][row])
-    return fields, len(long)
+        fields = {name: [list(row) for row in encoded[name]] for name in encoded}
+        if words:
+            fields[LABELS] = [_beginnings(encoded.word_ids(index)) for index in range(len(texts[0]))]
+        return fields
+
+    # Tokenised whole, then cut: the only way to know what was cut. The overflow is counted per sample.
+    fields = encode(texts, truncation=False)
+    long = [index for index, ids in enumerate(fields["input_ids"]) if len(ids) > max_length]
+    if long and cut:
+        shorter = [[column[index] for index in long] for column in texts]
+        for name, rows in encode(shorter, truncation=True, max_length=max_length).items():
+            for index, row in zip(long, rows, strict=True):
+                fields[name][index] = row
+    return fields, long
+
+
+def _beginnings(word_ids: Sequence[int | None]) -> list[int | None]:
+    """The word of each token that is the first of one; None for the others."""
+    return [word if word != before else None for before, word in pairwise([None, *word_ids])]
 
 
 def label_names(train: Tokens, num_labels: int | None) -> list[str]:

@@ -1,4 +1,4 @@
-"""Plain PyTorch: DistributedDataParallel, and nothing around the model on one rank."""
+"""Plain PyTorch: DistributedDataParallel, and nothing around the model on one rank; or FSDP2."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -9,10 +9,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from memlaunch.launcher.training.engine import Block, Piece, Step
+from memlaunch.launcher.training.engine import Block, Engine, Piece, Step
 from memlaunch.launcher.training.world import World
 from memlaunch.strategies import optimizer, precision
 from memlaunch.strategies.technique import Facts, Setup
+
+
+def start(module: nn.Module, setup: Setup, world: World) -> Engine:
+    """The torch engine over ``module``: FSDP2 where the job shards, else DDP."""
+    if setup.zero.stage:
+        from memlaunch.launcher.training.fsdp_engine import FsdpEngine
+
+        return FsdpEngine(module, setup, world)
+    return TorchEngine(module, setup, world)
 
 
 class TorchEngine:
@@ -30,14 +39,22 @@ class TorchEngine:
             for parameter in module.parameters():
                 parameter.data = parameter.data.to(dtype)
             groups = self._masters.master_groups
-        self._optimizer = optimizer.build(groups, setup)
-        self._scale = (
-            precision.LossScale.of(setup.precision) if precision.scales_loss(setup.precision) else None
-        )
+        self._update = Update(groups, setup)
+        self._optimizer = self._update.optimizer
         self._replica = module if world.size == 1 else _data_parallel(module, world)
+        # Whether gradients wait in DDP's buckets from one micro-batch to the next. DDP moves them there when
+        # it reduces them, and where they are cleared by zeros they stay; else the first micro-batches of a
+        # window make them a second time. 16-bit ones are handed on to the masters, and do not stay.
+        self._accumulates = setup.gradient_accumulation_steps > 1 and self._masters is None
+        self._reductions = 0
 
     def micro_step(self, last: bool) -> AbstractContextManager[None]:
-        if last or not isinstance(self._replica, DistributedDataParallel):
+        if not isinstance(self._replica, DistributedDataParallel):
+            return nullcontext()
+        # Behind its first reduction DDP makes other buckets, in the order in which the gradients came. One
+        # more, early in the second window, moves them there: the mean of sums is the sum of means.
+        if last or (self._accumulates and self._reductions == 1):
+            self._reductions += 1
             return nullcontext()
         return self._replica.no_sync()
 
@@ -45,26 +62,22 @@ class TorchEngine:
         return self._replica(**inputs)
 
     def backward(self, loss: Tensor) -> None:
-        (loss * self._scale.scale if self._scale else loss).backward()
+        self._update.scaled(loss).backward()
 
     def step(self, learning_rate: float) -> Step:
         if self._masters:
             self._masters.take_gradients()
-        scale = self._scale.scale if self._scale else None
-        gradients = [p.grad for g in self._optimizer.param_groups for p in g["params"] if p.grad is not None]
-        norm = precision.unscale_and_clip(gradients, scale or 1.0, self._setup.max_grad_norm)
-        overflow = not math.isfinite(norm)
-        if not overflow:
-            for group in self._optimizer.param_groups:
-                group["lr"] = learning_rate
-            self._optimizer.step()
-            if self._masters:
-                self._masters.give_weights()
-        if self._scale:
-            self._scale.update(overflow)
-        self._optimizer.zero_grad(set_to_none=True)
-        self.module.zero_grad(set_to_none=True)
-        return Step(norm if math.isfinite(norm) else None, scale, skipped=overflow)
+        made = self._update.step(learning_rate, keep_gradients=True)
+        if self._masters and not made.skipped:
+            self._masters.give_weights()
+        self._clear_gradients()
+        return made
+
+    def _clear_gradients(self) -> None:
+        in_buckets = self._accumulates and self._reductions > 1
+        self.module.zero_grad(set_to_none=not in_buckets)
+        if self._masters:
+            self._optimizer.zero_grad(set_to_none=True)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         masters = self._masters.master_of() if self._masters else {}
@@ -77,18 +90,13 @@ class TorchEngine:
             gradient_accumulation_steps=self._setup.gradient_accumulation_steps,
             zero_stage=0,
             max_grad_norm=self._setup.max_grad_norm,
-            dynamic_loss_scale=self._scale.dynamic if self._scale else None,
-            loss_scale=self._scale.scale if self._scale else None,
+            dynamic_loss_scale=self._update.scale.dynamic if self._update.scale else None,
+            loss_scale=self._update.scale.scale if self._update.scale else None,
             offload_optimizer="none",
             offload_parameters="none",
             trainable={name: parameter.requires_grad for name, parameter in named.items()},
             parameter_dtypes={name: dtype_name(parameter.dtype) for name, parameter in named.items()},
-            states=tuple(
-                state
-                for group in self._optimizer.param_groups
-                for parameter in group["params"]
-                for state in state_facts(group["optim_bits"], self._optimizer.state.get(parameter, {}))
-            ),
+            states=tuple(self._update.states()),
         )
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -103,18 +111,76 @@ class TorchEngine:
             self._masters.give_weights()
 
     def rehearse(self, run: Callable[[], None]) -> None:
-        # Behind its first backward pass DDP puts the gradients into other buckets, in the order in which they
-        # came. A sum over more than two ranks is rounded differently in another place of a bucket.
+        # A sum over more than two ranks is rounded differently in another place of a bucket.
         if isinstance(self._replica, DistributedDataParallel):
             run()
-            self.module.zero_grad(set_to_none=True)
+            self._clear_gradients()
 
     def loss_scale(self) -> dict[str, float] | None:
-        return self._scale.state() if self._scale and self._scale.dynamic else None
+        return self._update.loss_scale()
 
     def set_loss_scale(self, state: Mapping[str, float]) -> None:
-        assert self._scale is not None
-        self._scale.set_state(state)
+        self._update.set_loss_scale(state)
+
+
+class Update:
+    """The optimizer, and what stands before it: the loss scale and clipping.
+
+    Args:
+        over_ranks: sums a number over the ranks, where each has a part of the gradients.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        setup: Setup,
+        over_ranks: Callable[[float], float] | None = None,
+    ) -> None:
+        self.optimizer = optimizer.build(groups, setup)
+        self.scale = (
+            precision.LossScale.of(setup.precision) if precision.scales_loss(setup.precision) else None
+        )
+        self._max_norm = setup.max_grad_norm
+        self._over_ranks = over_ranks
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """What to compute the gradients of."""
+        return loss * self.scale.scale if self.scale else loss
+
+    def step(self, learning_rate: float, keep_gradients: bool = False) -> Step:
+        """Clip, update the weights and clear the gradients; as :meth:`Engine.step`.
+
+        ``keep_gradients`` leaves the last to the caller.
+        """
+        groups = self.optimizer.param_groups
+        scale = self.scale.scale if self.scale else None
+        gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+        norm = precision.unscale_and_clip(gradients, scale or 1.0, self._max_norm, self._over_ranks)
+        overflow = not math.isfinite(norm)
+        if not overflow:
+            for group in groups:
+                group["lr"] = learning_rate
+            self.optimizer.step()
+        if self.scale:
+            self.scale.update(overflow)
+        if not keep_gradients:
+            self.optimizer.zero_grad(set_to_none=True)
+        return Step(None if overflow else norm, scale, skipped=overflow)
+
+    def states(self) -> Iterator[tuple[int, int, str]]:
+        """The optimizer's state, as :class:`Facts` has it."""
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                yield from state_facts(group["optim_bits"], self.optimizer.state.get(parameter, {}))
+
+    def loss_scale(self) -> dict[str, float] | None:
+        """As :meth:`Engine.loss_scale`."""
+        return self.scale.state() if self.scale and self.scale.dynamic else None
+
+    def set_loss_scale(self, state: Mapping[str, float]) -> None:
+        """As :meth:`Engine.set_loss_scale`."""
+        assert self.scale is not None
+        self.scale.set_state(state)
 
 
 def replicated_blocks(

@@ -20,10 +20,17 @@ if TYPE_CHECKING:
     from memlaunch.launcher.resolve import ResolvedJob
 
 
-def config(resolved: "ResolvedJob") -> dict[str, Any]:
-    """``ds_config.json``: what the techniques need, then the job's own ``strategy.deepspeed`` keys."""
-    strategy = resolved.job.strategy
-    return merge(technique_config(resolved.setup(resolved.job.cluster.device)), strategy.deepspeed)
+def config(resolved: "ResolvedJob", *, for_script: bool = False) -> dict[str, Any]:
+    """``ds_config.json``: what the techniques need, then the job's own ``strategy.deepspeed`` keys.
+
+    Args:
+        for_script: a script drives the engine, and calls its ``step`` behind every micro-batch; our loop does
+            so behind a window.
+    """
+    made = technique_config(resolved.setup(resolved.job.cluster.device))
+    if for_script:
+        del made["managed_gradient_accumulation"]
+    return merge(made, resolved.job.strategy.deepspeed)
 
 
 def technique_config(setup: Setup) -> dict[str, Any]:

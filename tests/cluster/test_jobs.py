@@ -50,6 +50,7 @@ def train_example(cluster: Cluster, folder: Path, settings: dict[str, Any]) -> l
     example = folder / "reviews"
     shutil.copytree(REVIEWS, example, ignore=shutil.ignore_patterns("runs"))
     sets = [f"--set=cluster.{name}={json.dumps(value)}" for name, value in settings.items()]
+    sets += ["--set=training.micro_batch_size=16"]  # each launcher would plan it anew
     with run(cluster, example / "job.json", *sets) as process:
         output = process.communicate(timeout=900)[0]
     (folder,) = (example / "runs" / "reviews").iterdir()

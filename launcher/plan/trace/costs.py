@@ -45,7 +45,9 @@ class Costs:
         if func.namespace == "c10d":
             self._collective(func, args)
             return
-        if func.namespace == "aten" and (func.is_view or func._schema.name in _FREE):
+        if func.namespace == "prim" or func._schema.name in _FREE:
+            return
+        if func.namespace == "aten" and func.is_view:
             return
         self.kernels += 1
         formula = flop_registry.get(func._overloadpacket)
@@ -79,8 +81,19 @@ class Costs:
         }
 
 
-#: Operators that look like work and are none on a device.
-_FREE = ("aten::_local_scalar_dense", "aten::empty", "aten::empty_like", "aten::empty_strided")
+#: Operators that look like work and are none on a device; nor are those of `prim`, which ask for properties.
+_FREE = frozenset(
+    f"aten::{name}"
+    for name in (
+        "_local_scalar_dense",
+        "_unsafe_view",
+        "empty",
+        "empty_like",
+        "empty_strided",
+        "new_empty",
+        "new_empty_strided",
+    )
+)
 
 
 def _bytes(tree: Any) -> int:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 from memlaunch.launcher.plan.trace.recorder import StandIn
 from memlaunch.launcher.training.engine import Engine
@@ -80,13 +81,36 @@ def stand_ins(mask_is_whole: bool) -> dict[Any, StandIn]:
 
 
 def workspaces() -> dict[Any, Callable[..., int]]:
-    """Operator -> bytes that its CPU kernel takes while it runs: sums of 16-bit numbers are made in fp32."""
+    """Operator -> bytes that it takes on a CPU while it runs.
+
+    Sums of 16-bit numbers are made in fp32. gloo gathers into a tensor of its own, as large as the outputs,
+    and scatters sums out of a copy of the inputs (torch's ProcessGroupGloo.cpp); NCCL does neither.
+    """
 
     def summed(args: Any, kwargs: Any, out: torch.Tensor) -> int:
         narrow = args[0].dtype in (torch.float16, torch.bfloat16)
         return 4 * args[0].numel() if narrow else 0
 
-    return {aten.scatter_add.default: summed, aten.scatter_add_.default: summed}
+    def gathered(args: Any, kwargs: Any, out: Any) -> int:
+        return _bytes(args[0])
+
+    def copied(args: Any, kwargs: Any, out: Any) -> int:
+        return _bytes(args[1])
+
+    c10d = torch.ops.c10d
+    return {
+        aten.scatter_add.default: summed,
+        aten.scatter_add_.default: summed,
+        c10d.allgather_.default: gathered,
+        c10d._allgather_base_.default: gathered,
+        c10d.allgather_into_tensor_coalesced_.default: gathered,
+        c10d._reduce_scatter_base_.default: copied,
+        c10d.reduce_scatter_tensor_coalesced_.default: copied,
+    }
+
+
+def _bytes(tensors: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tree_leaves(tensors))
 
 
 def prepare_libraries() -> None:
@@ -112,6 +136,19 @@ def prepare_deepspeed() -> None:
             if hasattr(module, name):
                 setattr(module, name, _nothing)
     CPU_Accelerator.is_fp16_supported = _true
+
+
+def prepare_fsdp() -> None:
+    """The same for FSDP2, whose mesh is made by looking at the numbers of the ranks."""
+    from memlaunch.launcher.training import fsdp_engine
+
+    create = vars(fsdp_engine)["init_device_mesh"]
+
+    def create_with_values(*args: Any, **kwargs: Any) -> Any:
+        with _disable_current_modes():
+            return create(*args, **kwargs)
+
+    vars(fsdp_engine)["init_device_mesh"] = create_with_values
 
 
 def prepare_bitsandbytes() -> None:

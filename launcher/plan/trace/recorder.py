@@ -117,7 +117,7 @@ class Recorder(TorchDispatchMode):
         """Count the storage of ``tensor``, if it is new and takes memory."""
         if tensor.device.type == "meta":
             return
-        storage = tensor.untyped_storage()
+        storage = _held(tensor).untyped_storage()
         key = storage._cdata
         if key in self._numbers:
             return
@@ -134,7 +134,7 @@ class Recorder(TorchDispatchMode):
         """The number of the storage of ``tensor``, if it was recorded."""
         if not isinstance(tensor, Tensor):
             return None
-        known = self._numbers.get(tensor.untyped_storage()._cdata)
+        known = self._numbers.get(_held(tensor).untyped_storage()._cdata)
         return None if known is None else known[0]
 
     @contextmanager
@@ -196,6 +196,11 @@ class Recorder(TorchDispatchMode):
     def _freed(self, key: int, reference: Any) -> None:
         number, _ = self._numbers.pop(key)
         self._change(number, 0)
+
+
+def _held(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor: of a DTensor its shard, beside which it takes no memory."""
+    return getattr(tensor, "_local_tensor", tensor)
 
 
 @dataclass(frozen=True)

@@ -4,61 +4,30 @@ The state of the optimizer comes with the first step, so memory is at its highes
 """
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from memlaunch.launcher.plan.trace import own
+from memlaunch.launcher.plan.trace.shape import Shape as Shape
 from memlaunch.launcher.training import loop, tokens
 from memlaunch.launcher.training.batches import MicroBatch
 from memlaunch.launcher.training.data import load
 from memlaunch.launcher.training.engine import Engine, Step
 from memlaunch.launcher.training.model import build
-from memlaunch.launcher.training.tasks import TASKS
+from memlaunch.launcher.training.tasks import CLASSIFIES, TASKS, Task
 from memlaunch.launcher.training.world import World
 from memlaunch.launcher.translate import deepspeed
 from memlaunch.strategies import TECHNIQUES, padding
 
 if TYPE_CHECKING:
+    from memlaunch.launcher.job import Job
     from memlaunch.launcher.resolve import ResolvedJob
 
 STEPS = 2
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The largest micro-batch of a rank, and what the model must know of the data.
-
-    Attributes:
-        samples, tokens: rows of the micro-batch, and tokens of each.
-        micro_batches: of an optimizer step; those beyond the second find memory as the second does.
-        fields: what a sample has beside its attention mask, such as ``input_ids``.
-        classes: names of the classes, for a classification.
-        pad_token: the id that batches are padded with.
-        padded: whether it holds padding; without, a model may do without its attention mask.
-        packed: whether rows are made of several samples, told apart by their positions.
-    """
-
-    samples: int
-    tokens: int
-    micro_batches: int
-    fields: tuple[str, ...]
-    classes: int | None
-    pad_token: int
-    padded: bool = True
-    packed: bool = False
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Shape":
-        """From JSON."""
-        return cls(**{**values, "fields": tuple(values["fields"])})
 
 
 def shape_of(resolved: "ResolvedJob") -> Shape:
@@ -67,16 +36,21 @@ def shape_of(resolved: "ResolvedJob") -> Shape:
     Raises:
         JobMismatch: the data cannot be read.
     """
-    job, data = resolved.job, load(resolved)
+    job = resolved.job
+    if job.model.entry is not None:
+        return own.shape_of(resolved)
+    data = load(resolved)
     batching = job.data.batching
     packed = batching.mode == "packed"
-    longest = data.max_length if packed else int(data.train.lengths.max())
+    longest = data.max_length if packed else data.train.longest[0]
     width = padding.padded_length(longest, job.data.padding, data.max_length)
     rows = resolved.batch.micro_batch_size
     if batching.max_tokens is not None:
         rows = max(1, batching.max_tokens // width)
     fields = ("input_ids", "position_ids") if packed else tuple(data.train.fields)
-    names = tokens.label_names(data.train, job.model.num_labels) if data.train.codes is not None else None
+    classifies = job.model.task in CLASSIFIES
+    names = tokens.label_names(data.train, job.model.num_labels) if classifies else None
+    targets = data.train.longest[1]
     return Shape(
         samples=rows,
         tokens=width,
@@ -86,6 +60,7 @@ def shape_of(resolved: "ResolvedJob") -> Shape:
         pad_token=data.pad_token,
         packed=packed,
         padded=rows > 1 or width > longest,
+        targets=targets,
     )
 
 
@@ -122,32 +97,36 @@ def rehearse(
     """
     job = resolved.job
     setup = resolved.setup(world.kind)
-    task = TASKS[job.model.task]
     witness.enter("build", -1)
-    names = [str(index) for index in range(shape.classes)] if shape.classes is not None else None
-    model = build(job.model, names, shape.pad_token, job.training.seed, changes)
-    model.config.use_cache = False
-    fields = [name for name in shape.fields if name in inspect.signature(model.forward).parameters]
+    subject = own.made(resolved, shape) if job.model.entry is not None else _made(job, shape, changes)
+    model, task, make = subject
     for technique in TECHNIQUES:
         technique.prepare_model(model, setup)
     witness.built(model)
     engine: Engine
     if setup.engine == "torch":
-        from memlaunch.launcher.training.torch_engine import TorchEngine
+        from memlaunch.launcher.training import torch_engine
 
-        engine = TorchEngine(model, setup, world)
+        engine = torch_engine.start(model, setup, world)
     else:
         from memlaunch.launcher.training.deepspeed_engine import DeepSpeedEngine
 
         engine = DeepSpeedEngine(model, setup, world, deepspeed.config(resolved))
     witness.started(engine)
     model.train()
-    vocabulary = int(getattr(model.config, "vocab_size", 2))
+
+    def run() -> None:
+        batch = make()
+        with engine.micro_step(last=True):
+            engine.backward(loop._loss(engine, task, batch))
+
+    witness.enter("rest", 0)
+    engine.rehearse(run)  # what an engine does in its first steps only is behind it in the last one
     for step in range(STEPS):
         witness.enter("batch", step)
         # The first step is there for the state that it leaves; one micro-batch does that.
         micro_batches = shape.micro_batches if step == STEPS - 1 else 1
-        window = [_batch(shape, fields, vocabulary) for _ in range(micro_batches)]
+        window = [make() for _ in range(micro_batches)]
         witness.enter("rest", step)
         watched: Any = _Watched(engine, witness, step)
         loop._optimizer_step(watched, task, window, setup.learning_rate, world)
@@ -155,7 +134,19 @@ def rehearse(
         witness.stepped(engine, step)
 
 
-def _batch(shape: Shape, fields: list[str], vocabulary: int) -> MicroBatch:
+def _made(
+    job: "Job", shape: Shape, changes: Mapping[str, Any] | None
+) -> tuple[nn.Module, Task, Callable[[], MicroBatch]]:
+    """The model of transformers, its task, and what makes a micro-batch."""
+    names = [str(index) for index in range(shape.classes)] if shape.classes is not None else None
+    model = build(job.model, names, shape.pad_token, job.training.seed, changes)
+    model.config.use_cache = False
+    fields = [name for name in shape.fields if name in inspect.signature(model.forward).parameters]
+    vocabulary = int(getattr(model.config, "vocab_size", 2))
+    return model, TASKS[job.model.task], lambda: _batch(job.model.task, shape, fields, vocabulary)
+
+
+def _batch(task: str, shape: Shape, fields: list[str], vocabulary: int) -> MicroBatch:
     """A micro-batch of that shape, whose last token is padding where there is some."""
     size = shape.samples, shape.tokens
     inputs = {"input_ids": torch.randint(0, vocabulary, size)}
@@ -164,11 +155,17 @@ def _batch(shape: Shape, fields: list[str], vocabulary: int) -> MicroBatch:
         mask = torch.ones(size, dtype=torch.int64)
         mask[-1, -1] = int(not shape.padded)
         inputs["attention_mask"] = mask
-    if shape.classes is None:
-        labels, count = inputs["input_ids"].clone(), shape.samples * (shape.tokens - 1)
-    else:
+    if task == "sequence-classification":
         labels, count = torch.zeros(shape.samples, dtype=torch.int64), shape.samples
-    return MicroBatch(inputs, labels, count, shape.samples, shape.samples * shape.tokens, labels.numel())
+    elif task == "token-classification":
+        labels, count = torch.zeros(size, dtype=torch.int64), shape.samples * shape.tokens
+    elif task == "seq2seq-lm":
+        labels = torch.randint(0, vocabulary, (shape.samples, shape.targets))
+        inputs["decoder_input_ids"], count = labels.clone(), shape.samples * shape.targets
+    else:
+        labels, count = inputs["input_ids"].clone(), shape.samples * (shape.tokens - 1)
+    padded = shape.samples * (shape.tokens + shape.targets)
+    return MicroBatch(inputs, labels, count, shape.samples, padded, padded)
 
 
 class _Watched:

@@ -16,9 +16,10 @@ from memlaunch.launcher.plan.trace import cuda, fakes
 from memlaunch.launcher.plan.trace.costs import Costs
 from memlaunch.launcher.plan.trace.recorder import Recorder, peak
 from memlaunch.launcher.plan.trace.rehearsal import STEPS, Shape, rehearse
+from memlaunch.launcher.training import entries
 from memlaunch.launcher.training.engine import Engine
 from memlaunch.launcher.training.model import build, parameter_count
-from memlaunch.strategies import freezing, optimizer
+from memlaunch.strategies import freezing, lora, optimizer
 
 if TYPE_CHECKING:
     from memlaunch.launcher.resolve import ResolvedJob
@@ -33,23 +34,21 @@ def trace(
     shape: Shape,
     device: "Device",
     layers: int | None = None,
-    capacity: int | None = None,
 ) -> dict[str, Any]:
     """Two optimizer steps on fake tensors, as rank 0 of the job's world; changes this process for good.
 
     Args:
         device: where the job would run.
         layers: so many in the place of the model's own number.
-        capacity: bytes that the caching allocator may reserve; None for as many as it likes.
 
     The answer has ``peak_bytes``, ``states_bytes`` (what lives between steps), ``breakdown`` (category ->
-    bytes at the peak), ``by_phase`` (the peaks of building, of the passes, and of the optimizer's step),
-    ``layers`` (of the model; null where it does not say), ``moment`` (step, phase and operator of the peak),
-    ``holders`` (the operators whose results hold most of it), ``offloaded_bytes`` (what offload keeps in host
-    memory), ``parameters`` (all, trainable), ``costs`` (of ``inner`` micro-batches, of the ``last`` one of a
-    step, and of the optimizer's ``step``, each as in :class:`Costs`), ``seconds`` that the trace took; for
-    ``cuda`` also ``allocator`` and ``expandable_allocator``, the usage of the caching allocator without and
-    with expandable segments.
+    bytes at the peak), ``by_phase`` (phase -> its peak), ``layers`` (of the model; null where it does not
+    say), ``moment`` (step, phase and operator of the peak), ``holders`` (the operators whose results hold
+    most of it), ``offloaded_bytes`` (what offload keeps in host memory), ``parameters`` (all, trainable),
+    ``costs`` (of ``inner`` micro-batches, of the ``last`` one of a step, and of the optimizer's ``step``,
+    each as in :class:`Costs`), ``seconds`` that the trace took; for ``cuda`` and the whole model also
+    ``allocator`` and ``expandable_allocator``, the usage of the caching allocator without and with expandable
+    segments, and the ``events`` that it comes from, packed.
 
     Raises:
         JobMismatch, NotApplicable: the job does not fit the model.
@@ -59,6 +58,8 @@ def trace(
     fakes.prepare_libraries()
     if setup.engine == "deepspeed":
         fakes.prepare_deepspeed()
+    elif setup.zero.stage:
+        fakes.prepare_fsdp()
     through = {}
     if optimizer.uses_8bit(setup.optimizer):
         fakes.prepare_bitsandbytes()
@@ -83,7 +84,7 @@ def trace(
         "peak_bytes": highest.bytes,
         "states_bytes": witness.states,
         "breakdown": highest.breakdown,
-        "by_phase": _three(highest.by_phase),
+        "by_phase": highest.by_phase,
         "layers": witness.layers,
         "moment": {"step": made.step, "phase": made.phase, "op": made.op},
         "holders": [
@@ -94,10 +95,11 @@ def trace(
         "parameters": witness.parameters,
         "costs": {part: counted.to_dict() for part, counted in costs.items()},
     }
-    if device == "cuda":
+    if device == "cuda" and layers is None:
         events = [event for event in recorder.events if event[0] not in hosted]
         for key, expandable in (("allocator", False), ("expandable_allocator", True)):
-            answer[key] = asdict(allocator.simulate(events, allocator.Settings(expandable, capacity)))
+            answer[key] = asdict(allocator.simulate(events, allocator.Settings(expandable)))
+        answer["events"] = allocator.packed(events)
     return {**answer, "seconds": round(time.perf_counter() - begun, 3)}
 
 
@@ -108,10 +110,20 @@ def facts(resolved: "ResolvedJob", shape: Shape) -> dict[str, Any]:
         JobMismatch, NotApplicable: the job does not fit the model.
     """
     names = [str(index) for index in range(shape.classes)] if shape.classes is not None else None
-    with torch.device("meta"):
-        model = build(resolved.job.model, names, shape.pad_token, seed=0, changes={})
-        freezing.TECHNIQUE.prepare_model(model, resolved.setup("cpu"))
-    return {"parameters": parameter_count(model), "layers": getattr(model.config, "num_hidden_layers", None)}
+    model: nn.Module
+    if resolved.job.model.entry is not None:
+        model = entries.build(resolved.job.model, seed=0).model
+    else:
+        with torch.device("meta"):
+            model = build(resolved.job.model, names, shape.pad_token, seed=0, changes={})
+    for technique in (freezing.TECHNIQUE, lora.TECHNIQUE):
+        technique.prepare_model(model, resolved.setup("cpu"))
+    return {"parameters": parameter_count(model), "layers": _layers(model)}
+
+
+def _layers(model: nn.Module) -> int | None:
+    layers: int | None = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    return layers
 
 
 class RecordingWitness:
@@ -134,11 +146,13 @@ class RecordingWitness:
         self._recorder, self._shape, self._costs, self._device = recorder, shape, costs, device
         self._micro_batches = 0
         self._model: nn.Module | None = None
+        self._engine: Engine | None = None
 
     def enter(self, phase: str, step: int) -> None:
         self._recorder.phase, self._recorder.step = phase, step
         if phase == "step" and self._model is not None:
             self._recorder.file((p.grad for p in self._model.parameters()), "gradients")
+            self._note_offloaded()
         if step == STEPS - 1:
             self._micro_batches += phase == "forward"
             part = "last" if self._micro_batches == self._shape.micro_batches else "inner"
@@ -151,7 +165,7 @@ class RecordingWitness:
         every = list(model.parameters())
         trained = [p for p in every if p.requires_grad]
         self.parameters = sum(p.numel() for p in every), sum(p.numel() for p in trained)
-        self.layers = getattr(model.config, "num_hidden_layers", None)
+        self.layers = _layers(model)
         self._built = set(range(len(self._recorder.allocations)))
         for parameter in trained:
             parameter.register_post_accumulate_grad_hook(
@@ -161,6 +175,7 @@ class RecordingWitness:
     def started(self, engine: Engine) -> None:
         fakes.prepare_ddp(engine)
         self._recorder.file(_parameters(engine.module), "parameters")
+        self._engine = engine
         if self._device == "cuda":
             # A model is built on the host. What of it is still there has moved, the rest never did.
             self.built_on_host = self._built - self._recorder.alive()
@@ -169,25 +184,35 @@ class RecordingWitness:
         used = base_optimizer(engine)
         self._recorder.file(_state(used), "optimizer_state")
         self._recorder.file((p for group in used.param_groups for p in group["params"]), "optimizer_state")
-        if self._device == "cuda":
-            numbers = map(self._recorder.number, offloaded(engine))
-            self.offloaded |= {number for number in numbers if number is not None}
+        self._note_offloaded()
         if step == 0:
             self.states = self._recorder.live_without(self.offloaded)
 
+    def _note_offloaded(self) -> None:
+        if self._device == "cuda" and self._engine is not None:
+            numbers = map(self._recorder.number, offloaded(self._engine))
+            self.offloaded |= {number for number in numbers if number is not None}
+
 
 def offloaded(engine: Engine) -> Iterator[Any]:
-    """The tensors that DeepSpeed keeps in host memory, as its offload is set.
+    """The tensors that an engine keeps in host memory, as its offload is set.
 
-    By the names that deepspeed/runtime/zero/stage_1_and_2.py and stage3.py have for them: the masters, their
-    gradients and their state; the gradients of the passes; at stage 3 with its parameters, the shards.
+    FSDP2: the shards, their gradients and their state. DeepSpeed: the masters, their gradients and their
+    state; the gradients of the passes; at stage 3 with its parameters, the shards; by the names that
+    deepspeed/runtime/zero/stage_1_and_2.py and stage3.py have for them.
     """
+    facts = engine.facts()
+    if facts.offload_optimizer == facts.offload_parameters == "none":
+        return
+    used = base_optimizer(engine)
     deep = getattr(engine, "_engine", None)
     if deep is None:
+        yield from _state(used)
+        yield from engine.module.parameters()
+        yield from (parameter.grad for parameter in engine.module.parameters())
         return
-    zero, facts = deep.optimizer, engine.facts()
+    zero = deep.optimizer
     if facts.offload_optimizer != "none":
-        used = base_optimizer(engine)
         yield from _state(used)
         for group in used.param_groups:
             for master in group["params"]:
@@ -199,12 +224,6 @@ def offloaded(engine: Engine) -> Iterator[Any]:
     if facts.offload_parameters != "none":
         yield from (getattr(p, "ds_tensor", None) for p in engine.module.parameters())
         yield from getattr(zero, "param_groups_fp16_flat_cpu_memory", ())
-
-
-def _three(by_phase: dict[str, int]) -> dict[str, int]:
-    """Of building, of the passes with what is around them, and of the optimizer's step."""
-    passes = [size for phase, size in by_phase.items() if phase not in ("build", "step")]
-    return {"build": by_phase.get("build", 0), "passes": max(passes), "step": by_phase.get("step", 0)}
 
 
 def base_optimizer(engine: Engine) -> torch.optim.Optimizer:
