@@ -293,7 +293,9 @@ def _prepare_model(model: "torch.nn.Module", setup: Setup) -> None:
 
     @functools.wraps(forward)
     def forward_in_16_bit(*args: Any, **kwargs: Any) -> Any:
-        with torch.autocast(device, dtype=dtype):
+        # Its cache would hold a 16-bit copy of every weight until the end of the forward pass, of checkpointed
+        # blocks too; autograd keeps those that the backward pass needs.
+        with torch.autocast(device, dtype=dtype, cache_enabled=False):
             return forward(*args, **kwargs)
 
     model.forward = forward_in_16_bit

@@ -184,3 +184,11 @@ def test_autocast_leaves_the_parameters_in_fp32() -> None:
     outputs = model(input_ids=torch.arange(8).view(2, 4))
     assert outputs.logits.dtype == torch.bfloat16
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_autocast_keeps_no_copy_of_the_weights_until_the_end_of_the_forward_pass() -> None:
+    model = setups.prepare(setups.bert(), precision="bf16", activation_checkpointing="full")
+    kept: list[bool] = []
+    model.classifier.register_forward_pre_hook(lambda *_: kept.append(torch.is_autocast_cache_enabled()))
+    model(input_ids=torch.arange(8).view(2, 4))
+    assert kept == [False], "checkpointing would save the activations and hold all weights a second time"
