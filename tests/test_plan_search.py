@@ -92,8 +92,11 @@ class Formulas:
         self.sends = {way: draw(st.integers(0, 1 << 30)) for way in ways}
         self.asked = 0
 
-    def traces(self, requests: Sequence[Any]) -> list[dict[str, Any]]:
-        return [self.trace(*request) for request in requests]
+    def steps(self, requests: Sequence[Any]) -> list[list[dict[str, Any]]]:
+        return [
+            [self.trace(job, {**shape, "samples": size}, layers, None) for size in sizes]
+            for job, shape, layers, sizes in requests
+        ]
 
     def trace(self, job: Any, shape: Any, layers: int | None, capacity: int | None) -> dict[str, Any]:
         self.asked += 1
@@ -105,7 +108,7 @@ class Formulas:
         once = {
             "flops": {"float32": int((1 + [0.0, *self.recomputed][mode]) * depth * samples * self.flops)},
             "bytes_moved": samples << 24,
-            "kernels": depth * self.speeds[strategy["engine"], stage] * (1 + mode),
+            "kernels": depth * (self.speeds[strategy["engine"], stage] + mode),
             "collectives": {
                 "all_reduce": {"calls": 1, "bytes": depth * self.sends[strategy["engine"], stage]}
             },
@@ -225,3 +228,13 @@ def test_a_bucket_that_the_job_fixes_bounds_the_micro_batch() -> None:
     assert micro_batches(asked) == [1, 2, 4, 8, 16, 32, 64]
     assert micro_batches(replace(asked, bucket=32)) == [1, 2, 4, 8, 16]
     assert micro_batches(replace(asked, bucket=1)) == [1]
+
+
+@pytest.mark.parametrize(("spare", "fits"), [(1, True), (-1, False)])
+def test_what_is_offloaded_has_to_fit_the_memory_of_a_machine(cuda: Tracer, spare: int, fits: bool) -> None:
+    zero = {"stage": 2, "offload_optimizer": "cpu"}
+    asked = question(BATCHES, engine="torch", zero=zero)
+    found = search(asked, cuda).winner
+    assert found.host > 0
+    limited = replace(asked, host=found.host * asked.machines.per_node + spare)
+    assert search(limited, cuda).fits == fits

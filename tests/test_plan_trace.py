@@ -260,7 +260,7 @@ def test_two_micro_batches_tell_the_memory_and_the_costs_of_more(
     cuda: Tracer, strategy: dict[str, Any]
 ) -> None:
     one = job(ranks=2, accumulation=5, **strategy)
-    two, five = cuda.traces([(one, {**shape(one), "micro_batches": number}, None, None) for number in (2, 5)])
+    two, five = (cuda.trace(one, {**shape(one), "micro_batches": number}) for number in (2, 5))
     held = 3 * (3 * 4 * 32 + 4) * 8  # the batches of a window are there together, beside a loss of each
     for phase, size in two["by_phase"].items():
         assert 0 <= five["by_phase"][phase] - size - held * (phase != "build") <= 64

@@ -41,8 +41,9 @@ def make(tmp_path: Path) -> Make:
     """Makes a run folder: a resolved job, and what has been written about it."""
 
     def folder(*sets: str, steps: int = 0, written: Any = None) -> RunDir:
+        chosen = "training.micro_batch_size=16"
         resolved = resolve.load(
-            REVIEWS / "job.json", [f"output.dir={tmp_path}", f"cluster.env.TOKEN={SECRET}", *sets]
+            REVIEWS / "job.json", [f"output.dir={tmp_path}", f"cluster.env.TOKEN={SECRET}", chosen, *sets]
         )
         run = rundir.create(tmp_path, resolved.job.name)
         run.place(translate.files(resolved))

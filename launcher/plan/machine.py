@@ -105,6 +105,20 @@ def cpu(resolved: "ResolvedJob") -> Gpu:
     )
 
 
+def host_memory(resolved: "ResolvedJob", gpu: Gpu) -> int | None:
+    """Bytes of the memory of each machine: what is asked of SLURM, or of this one if it has such a GPU.
+
+    None where nothing tells; on CPUs too, where the memory that is planned is the machine's own.
+    """
+    cluster = resolved.job.cluster
+    if gpu.name == CPU:
+        return None
+    if cluster.launcher == "slurm" and not slurm_job.inside():
+        asked = slurm_bytes(cluster.slurm.mem or "0", otherwise=0)  # 0 asks for all that there is
+        return asked or None
+    return memory_here() if cluster.hostfile is None and gpu == gpu_here() else None
+
+
 def memory_here() -> int:
     """Bytes of memory that processes of this machine may use: all of it, or what their control group may."""
     import psutil
@@ -116,8 +130,10 @@ def memory_here() -> int:
     return total
 
 
-def slurm_bytes(mem: str) -> int:
-    """Bytes of ``--mem`` of sbatch: megabytes, or with a unit."""
+def slurm_bytes(mem: str, otherwise: int | None = None) -> int:
+    """Bytes of ``--mem`` of sbatch: megabytes, or with a unit; ``otherwise`` for 0, by default all there is."""
     found = re.match(r"(\d+)\s*([KMGT]?)", mem, re.IGNORECASE)
     assert found is not None, "the job file takes nothing else"
-    return int(found[1]) * _UNITS[found[2].upper() or "M"] or memory_here()
+    return int(found[1]) * _UNITS[found[2].upper() or "M"] or (
+        memory_here() if otherwise is None else otherwise
+    )

@@ -8,7 +8,7 @@ from typing import Any
 from memlaunch.launcher import layout, resolve
 from memlaunch.launcher.errors import UserError
 from memlaunch.launcher.job import Job
-from memlaunch.launcher.plan import auto, report
+from memlaunch.launcher.plan import auto, machine, report
 from memlaunch.launcher.plan.gpus import Gpu
 from memlaunch.launcher.plan.search import Question, search
 from memlaunch.launcher.plan.time import Machines
@@ -45,8 +45,9 @@ def plan(
     with nullcontext(tracer) if tracer else Tracer(gpu.device, cache=default_cache()) as started:
         try:
             shape = started.shape(job)
+            host = machine.host_memory(resolved, gpu)
             expandable = _expandable(resolved.job.cluster.env)
-            question = Question(job, keys, shape, machines, expandable, _bucket(document))
+            question = Question(job, keys, shape, machines, expandable, _bucket(document), host)
             found = search(question, started)
             ways_out = [] if found.fits else report.ways_out(question, started)
         except NotTraced as error:

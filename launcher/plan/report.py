@@ -16,7 +16,7 @@ from memlaunch.launcher.plan.auto import (
     STAGE,
 )
 from memlaunch.launcher.plan.gpus import CPU
-from memlaunch.launcher.plan.search import Candidate, Found, Question, changed, explore
+from memlaunch.launcher.plan.search import Candidate, Found, Question, changed, least_changed
 from memlaunch.launcher.plan.traces import Tracer
 
 GIB = 1 << 30
@@ -52,6 +52,8 @@ def to_dict(question: Question, found: Found, ways_out: Sequence[Mapping[str, An
         "moment": trace and trace["moment"],
         "holders": trace and trace["holders"],
         "host_memory_bytes": _host(question, winner),
+        "offloaded_bytes": question.machines.per_node * winner.host,
+        "usable_host_memory_bytes": question.host,
         "step_seconds": winner.seconds,
         "chosen": [
             {"key": key, "value": value, "why": why(question, found, key)}
@@ -102,26 +104,29 @@ def why(question: Question, found: Found, key: str) -> str:
     simpler = [c for c in others if CHOICES[key].index(c.changes[key]) < CHOICES[key].index(value)]
     if not simpler:
         return "what is simpler cannot fit, by its parameters and states alone"
-    fitting = [c for c in simpler if c.total <= question.room]
+    fitting = [c for c in simpler if question.holds(c)]
     if not fitting:
         least = min(simpler, key=lambda c: c.total)
         return f"with `{least.changes[key]}` it needs at least {gib(least.total)} of {gib(question.room)}"
     fastest = min(fitting, key=lambda c: c.seconds)
     slower = 100 * (fastest.seconds / winner.seconds - 1)
+    if slower <= 0:
+        return f"with `{fastest.changes[key]}` a step takes as long, and the whole is less simple"
     return f"with `{fastest.changes[key]}` a step would take {slower:.0f} % longer"
 
 
 def ways_out(question: Question, tracer: Tracer) -> list[dict[str, Any]]:
-    """Up to three sets of changes to a job that does not fit, the smallest first, by estimates."""
+    """Up to three sets of changes to a job that does not fit, the smallest first; each was traced."""
     shown: list[dict[str, Any]] = []
+    enough: list[frozenset[str]] = []
     for keys in RELAXATIONS:
-        relaxed = replace(question, open=question.open | keys)
-        fitting = [c for c in explore(relaxed, tracer) if c.total <= question.room]
-        if fitting:
-            best = min(fitting, key=lambda c: (len(_differences(question, c)), c.seconds))
-            changes = _differences(question, best)
-            if changes and all(changes.items() != way["changes"].items() for way in shown):
-                shown.append({"changes": changes, "memory_bytes": best.total, "step_seconds": best.seconds})
+        if keys <= question.open or any(fewer <= keys for fewer in enough):
+            continue  # it was searched, or would be found once more
+        found = least_changed(replace(question, open=question.open | keys), tracer)
+        if found is not None:
+            changes = _differences(question, found)
+            shown.append({"changes": changes, "memory_bytes": found.total, "step_seconds": found.seconds})
+            enough.append(keys)
         if len(shown) == WAYS_OUT:
             break
     return shown
@@ -132,7 +137,7 @@ def text(plan: Mapping[str, Any]) -> str:
     verdict = "fits" if plan["fits"] else "does not fit"
     lines = [
         f"{verdict}: {needs(plan)} ({plan['world_size']} in all), about {plan['step_seconds']:.3g} s a step",
-        f"host memory: {gib(plan['host_memory_bytes'])} a machine",
+        f"host memory: {_host_needs(plan)}",
     ]
     if plan["moment"]:
         at = plan["moment"]
@@ -164,7 +169,18 @@ def needs(plan: Mapping[str, Any]) -> str:
     outside = sum(plan["breakdown"].get(row.cause, 0) for row in overheads.OVERHEADS if not row.reserved)
     where = "a rank's share of the machine" if plan["gpu"] == CPU else f"each {plan['gpu']}"
     room = gib(plan["usable_memory_bytes"])
-    return f"{gib(plan['peak_reserved_bytes'] + outside)} of the {room} that may be used of {where}"
+    needed = f"{gib(plan['peak_reserved_bytes'] + outside)} of the {room} that may be used of {where}"
+    limit = plan["usable_host_memory_bytes"]
+    too_much = limit is not None and plan["offloaded_bytes"] > limit
+    return f"{needed}, and {_host_needs(plan)}" if too_much else needed
+
+
+def _host_needs(plan: Mapping[str, Any]) -> str:
+    """What a machine needs of its own memory, and of how much."""
+    needed, limit = gib(plan["host_memory_bytes"]), plan["usable_host_memory_bytes"]
+    if limit is not None:
+        return f"{needed} of the {gib(limit)} of each machine"
+    return f"{needed} a machine" + ("; nothing tells how much it has" if plan["offloaded_bytes"] else "")
 
 
 def line(plan: Mapping[str, Any]) -> str:
@@ -182,7 +198,7 @@ def _values(plan: Mapping[str, Any], key: str) -> set[str]:
 def _figures(question: Question, candidate: Candidate) -> dict[str, Any]:
     return {
         "changes": candidate.changes,
-        "fits": candidate.total <= question.room,
+        "fits": question.holds(candidate),
         "peak_allocated_bytes": candidate.allocated,
         "peak_reserved_bytes": candidate.reserved,
         "memory_bytes": candidate.total,

@@ -7,8 +7,8 @@ each, so four traces tell those of the whole. The fastest that fits is then trac
 
 import copy
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from memlaunch.launcher import checks
@@ -96,6 +96,7 @@ class Question:
         shape: the largest micro-batch of the job; its number of samples is replaced by each candidate's.
         expandable: whether the allocator has expandable segments.
         bucket: samples of a bucket, where the job fixes it; larger micro-batches would mix lengths.
+        host: bytes of the memory of a machine; None where nothing tells.
     """
 
     job: dict[str, Any]
@@ -104,6 +105,7 @@ class Question:
     machines: Machines
     expandable: bool = False
     bucket: int | None = None
+    host: int | None = None
 
     @property
     def circumstances(self) -> Circumstances:
@@ -114,6 +116,17 @@ class Question:
     def room(self) -> int:
         """Bytes of a GPU that may be used."""
         return round(self.machines.gpu.memory_bytes * (1 - MARGIN))
+
+    def holds(self, candidate: Candidate) -> bool:
+        """Whether a candidate fits, as far as it was traced."""
+        return candidate.total <= self.room and self._offloads(candidate)
+
+    def may_hold(self, candidate: Candidate) -> bool:
+        """Whether nothing says that it does not fit."""
+        return candidate.least <= self.room and self._offloads(candidate)
+
+    def _offloads(self, candidate: Candidate) -> bool:
+        return self.host is None or self.machines.per_node * candidate.host <= self.host
 
 
 def search(question: Question, tracer: Tracer) -> Found:
@@ -132,14 +145,15 @@ def search(question: Question, tracer: Tracer) -> Found:
         best = min(space.candidates, key=lambda c: c.total)
         best = best if best.trace is not None else space.confirm(best)
     found = sorted(space.candidates, key=lambda c: (c.seconds, c.rank))
-    return Found(best, best.total <= question.room, tuple(found))
+    return Found(best, question.holds(best), tuple(found))
 
 
-def explore(question: Question, tracer: Tracer) -> list[Candidate]:
-    """The candidates that may be the fastest that fits, from fits alone."""
-    space = _Space(question, tracer)
-    space.explore()
-    return space.candidates
+def least_changed(question: Question, tracer: Tracer) -> Candidate | None:
+    """Of the strategy nearest to the job's that fits, the fastest micro-batch that does; None if none fits.
+
+    It is traced as a whole.
+    """
+    return _Space(question, tracer).least_changed()
 
 
 class _Space:
@@ -162,7 +176,7 @@ class _Space:
 
     def fitting(self) -> list[Candidate]:
         """Those that fit, or may."""
-        return [candidate for candidate in self.candidates if candidate.least <= self._question.room]
+        return [candidate for candidate in self.candidates if self._question.may_hold(candidate)]
 
     def confirm(self, candidate: Candidate) -> Candidate:
         """Trace a candidate as a whole, and have the result in its place."""
@@ -175,11 +189,36 @@ class _Space:
         for tier in self._tiers:
             while (structure := self._next(tier)) is not None:
                 tier.remove(structure)
-                fit = Fit.of(self._question, structure, self._sizes, self._tracer)
-                self._fits.append(fit)
-                self.candidates.extend(fit.candidate(size) for size in self._sizes)
+                self._look_at(structure)
             if self.fitting():
                 break
+
+    def least_changed(self) -> Candidate | None:
+        """See :func:`least_changed`."""
+        left = [s for tier in self._tiers for s in tier if _floor(self._question, s) <= self._question.room]
+        left.sort(key=lambda s: (_distance(self._question, s), _rank(s)))
+        for structure in left:
+            # Whether what needs the least of its kind fits tells whether any of them is worth a look.
+            kin = [s for s in left if _alike(s, structure, but=(STAGE, CHECKPOINTING))]
+            for one in (max(kin, key=lambda s: (_place(s, STAGE), _place(s, CHECKPOINTING))), structure):
+                if not self._hopeless(structure) and all(one != fit.structure for fit in self._fits):
+                    self._look_at(one)
+            if self._hopeless(structure):
+                continue
+            fit = next(fit for fit in self._fits if fit.structure == structure)
+            every = [fit.candidate(size) for size in self._sizes]
+            every.sort(key=lambda c: (not self._question.holds(c), c.seconds))
+            for candidate in every:
+                if self._question.may_hold(candidate):
+                    whole = confirm(self._question, candidate.changes, self._tracer)
+                    if self._question.holds(whole):
+                        return whole
+        return None
+
+    def _look_at(self, structure: Changes) -> None:
+        fit = Fit.of(self._question, structure, self._sizes, self._tracer)
+        self._fits.append(fit)
+        self.candidates.extend(fit.candidate(size) for size in self._sizes)
 
     def _next(self, tier: Sequence[Changes]) -> Changes | None:
         best = _best(self.fitting())
@@ -201,13 +240,19 @@ class _Space:
         return chosen
 
     def _bound(self, structure: Changes) -> float:
-        """Seconds that no candidate of a strategy goes below, from those that compute no more."""
-        bound = 0.0
-        for fit in self._fits:
-            if _place(fit.structure, CHECKPOINTING) <= _place(structure, CHECKPOINTING):
-                bound = max(bound, fit.arithmetic(self._sizes[-1]))
-                if _alike(fit.structure, structure, but=(CHECKPOINTING,)):
-                    bound = max(bound, min(fit.candidate(size).seconds for size in self._sizes))
+        """Seconds that no candidate of a strategy goes below, from those that compute no more.
+
+        No engine changes the arithmetic, and computing more sends and moves no less.
+        """
+        place = _place(structure, CHECKPOINTING)
+        lesser = [fit for fit in self._fits if _place(fit.structure, CHECKPOINTING) <= place]
+        if not lesser:
+            return 0.0
+        most = max(lesser, key=lambda fit: fit.arithmetic(self._sizes[-1]))
+        bound = min(most.arithmetic(size) for size in self._sizes)
+        for fit in lesser:
+            if _alike(fit.structure, structure, but=(CHECKPOINTING,)):
+                bound = max(bound, min(fit.seconds(size, most) for size in self._sizes))
         return bound
 
     def _hopeless(self, structure: Changes) -> bool:
@@ -231,6 +276,11 @@ def _place(structure: Changes, key: str) -> int:
 
 def _alike(one: Changes, other: Changes, but: Sequence[str]) -> bool:
     return all(one.get(key) == other.get(key) for key in CHOICES if key not in but)
+
+
+def _distance(question: Question, structure: Changes) -> int:
+    """How many keys of the job a strategy changes."""
+    return sum(changed(question.job, {key: value}) != question.job for key, value in structure.items())
 
 
 def _rank(structure: Changes) -> tuple[int, ...]:
@@ -343,6 +393,7 @@ class Fit:
     sizes: tuple[int, int]
     depths: tuple[int, int]
     depth: int
+    _made: dict[tuple[str, int], Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, question: Question, structure: Changes, sizes: Sequence[int], tracer: Tracer) -> "Fit":
@@ -350,12 +401,15 @@ class Fit:
         low, high = (sizes[0], sizes[0]) if len(sizes) == 1 else (2, 4)
         depth = question.shape.get("layers") or 0
         depths = (2, 3) if depth > 3 and _even(question.job) else (depth, depth)
-        corners = sorted({(size, layers) for size in (low, high) for layers in depths}, reverse=True)
-        requests = [
-            request(question, structure, size, accumulation=2, layers=None if layers == depth else layers)
-            for size, layers in corners
-        ]
-        found = dict(zip(corners, tracer.traces(requests), strict=True))
+        samples = sorted({low, high})
+        layered = sorted(set(depths), reverse=True)  # what takes longest goes first
+        job, shape = request(question, structure, low, accumulation=2)
+        requests: list[Request] = [(job, shape, None if n == depth else n, samples) for n in layered]
+        found = {
+            (size, layers): step
+            for layers, steps in zip(layered, tracer.steps(requests), strict=True)
+            for size, step in zip(samples, steps, strict=True)
+        }
         return cls(question, structure, found, (low, high), depths, depth)
 
     def at(self, size: int, *path: str) -> float:
@@ -382,29 +436,29 @@ class Fit:
 
     def costs(self, size: int) -> dict[str, Any]:
         """The costs of a step, as a trace of the whole would have them."""
-        one = next(iter(self.corners.values()))["costs"]
-        dtypes = {
-            dtype
-            for trace in self.corners.values()
-            for part in one
-            for dtype in trace["costs"][part]["flops"]
-        }
-        kinds = {
-            k for trace in self.corners.values() for part in one for k in trace["costs"][part]["collectives"]
-        }
+        found: dict[str, Any] = self._once(("costs", size), lambda: self._costs(size))
+        return found
+
+    def _costs(self, size: int) -> dict[str, Any]:
+        counted = [trace["costs"] for trace in self.corners.values()]
+
+        def names(part: str, group: str) -> list[str]:
+            return sorted({name for costs in counted for name in costs[part][group]})
+
+        def at(*path: str) -> float:
+            return self.at(size, "costs", *path)
+
         return {
             part: {
-                "flops": {dtype: self.at(size, "costs", part, "flops", dtype) for dtype in dtypes},
-                "bytes_moved": self.at(size, "costs", part, "bytes_moved"),
-                "kernels": self.at(size, "costs", part, "kernels"),
+                "flops": {dtype: at(part, "flops", dtype) for dtype in names(part, "flops")},
+                "bytes_moved": at(part, "bytes_moved"),
+                "kernels": at(part, "kernels"),
                 "collectives": {
-                    kind: {
-                        w: self.at(size, "costs", part, "collectives", kind, w) for w in ("calls", "bytes")
-                    }
-                    for kind in kinds
+                    kind: {what: at(part, "collectives", kind, what) for what in ("calls", "bytes")}
+                    for kind in names(part, "collectives")
                 },
             }
-            for part in one
+            for part in counted[0]
         }
 
     def arithmetic(self, size: int) -> float:
@@ -412,28 +466,48 @@ class Fit:
         accumulation = _accumulation(self.question, size)
         return arithmetic_seconds(self.costs(size), accumulation, self.question.machines)
 
+    def seconds(self, size: int, computing: "Fit") -> float:
+        """Seconds of a step that computes in its passes what another strategy does."""
+        costs, other = self.costs(size), computing.costs(size)
+        mixed = {part: {**costs[part], "flops": other[part]["flops"]} for part in ("inner", "last")}
+        return _seconds(self.question, self.structure, size, {**costs, **mixed}, self.host(size))
+
+    def host(self, size: int) -> int:
+        """Bytes of host memory of one rank that offload needs."""
+        return max(0, round(self.at(size, "offloaded_bytes")))
+
     def candidate(self, size: int) -> Candidate:
         """The strategy with micro-batches of ``size``."""
+        found: Candidate = self._once(("candidate", size), lambda: self._candidate(size))
+        return found
+
+    def _candidate(self, size: int) -> Candidate:
         question = self.question
         phases = {phase for trace in self.corners.values() for phase in trace["by_phase"]}
         # Each by itself: which one is the highest changes with the number of layers.
         highest = round(max(self.at(size, "by_phase", phase) for phase in phases))
         allocated = highest + overheads.reserved(question.circumstances)
         reserved = round(allocated * FRAGMENTATION)
-        host = max(0, round(self.at(size, "offloaded_bytes")))
-        return _candidate(question, self.structure, size, allocated, reserved, host, self.costs(size))
+        return _candidate(
+            question, self.structure, size, allocated, reserved, self.host(size), self.costs(size)
+        )
+
+    def _once(self, what: tuple[str, int], make: Callable[[], Any]) -> Any:
+        if what not in self._made:
+            self._made[what] = make()
+        return self._made[what]
 
 
 def request(
-    question: Question, structure: Changes, size: int, accumulation: int, layers: int | None = None
-) -> Request:
-    """What to ask for the trace of a candidate."""
+    question: Question, structure: Changes, size: int, accumulation: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The job and the shape of the trace of a candidate."""
     job = changed(question.job, _whole(question, structure, size))
     shape = {key: value for key, value in question.shape.items() if key not in ("parameters", "layers")}
     shape |= {"samples": size, "micro_batches": min(2, accumulation)}
     if question.job["training"]["micro_batch_size"] is not None:
         shape["padded"] = size > 1 or question.shape["padded"]
-    return job, shape, layers, None
+    return job, shape
 
 
 def _best(fitting: list[Candidate]) -> Candidate | None:
@@ -451,8 +525,8 @@ def confirm(question: Question, changes: Changes, tracer: Tracer) -> Candidate:
     accumulation = _accumulation(question, size)
     more = overheads.reserved(question.circumstances)
     capacity = question.room - overheads.outside(question.circumstances) - more
-    job, shape, layers, _ = request(question, structure, size, accumulation)
-    trace = tracer.trace(job, shape, layers, capacity)
+    job, shape = request(question, structure, size, accumulation)
+    trace = tracer.trace(job, shape, None, capacity)
     usage = trace.get("expandable_allocator" if question.expandable else "allocator")
     allocated = trace["peak_bytes"] + more  # of everything, where the simulation ended early
     reserved = allocated
@@ -475,14 +549,6 @@ def _candidate(
     costs: Mapping[str, Any],
     trace: dict[str, Any] | None = None,
 ) -> Candidate:
-    zero = changed(question.job, structure)["strategy"]["zero"]
-    seconds = step_seconds(
-        costs,
-        _accumulation(question, size),
-        question.machines,
-        host,
-        zero["offload_parameters"] != "none",
-    )
     return Candidate(
         changes=_open_only(question, _whole(question, structure, size)),
         rank=(*_rank(structure), -size),
@@ -490,9 +556,14 @@ def _candidate(
         reserved=reserved,
         total=reserved + overheads.outside(question.circumstances),
         host=host,
-        seconds=seconds,
+        seconds=_seconds(question, structure, size, costs, host),
         trace=trace,
     )
+
+
+def _seconds(question: Question, structure: Changes, size: int, costs: Mapping[str, Any], host: int) -> float:
+    fetched = structure.get(PARAMETERS, question.job["strategy"]["zero"]["offload_parameters"]) != "none"
+    return step_seconds(costs, _accumulation(question, size), question.machines, host, fetched)
 
 
 def _whole(question: Question, structure: Changes, size: int) -> Changes:

@@ -37,9 +37,9 @@ class NotTraced(Exception):
         self.hint = hint
 
 
-#: A resolved job, the shape of its batches, a number of layers in the place of the model's, and the bytes
-#: that the caching allocator may reserve.
-Request = tuple[dict[str, Any], dict[str, Any], int | None, int | None]
+#: A resolved job, the shape of its batches, a number of layers in the place of the model's, and numbers of
+#: samples in the place of the shape's, the smallest first.
+Request = tuple[dict[str, Any], dict[str, Any], int | None, Sequence[int]]
 
 
 class Tracer:
@@ -88,15 +88,25 @@ class Tracer:
         ranks = [job["cluster"]["nodes"], job["cluster"]["gpus_per_node"], job["cluster"]["hostfile"]]
         return self._answer({"resolved": job, "batches": True}, ["batches", *_read(job), ranks])
 
-    def traces(self, requests: Sequence[Request]) -> list[dict[str, Any]]:
-        """The trace of each request; see :mod:`memlaunch.launcher.plan.trace.tracing`.
+    def steps(self, requests: Sequence[Request]) -> list[list[dict[str, Any]]]:
+        """The ``steps`` of the trace of each request: the figures of each number of samples.
+
+        One process makes all steps of a request, with one model and one engine.
 
         Raises:
-            NotTraced: a job does not fit its model.
-            UserError: a trace failed for any other reason.
+            NotTraced, UserError: as for :meth:`trace`.
         """
+
+        def traced(request: Request) -> list[dict[str, Any]]:
+            job, shape, layers, (first, *more) = request
+            shape = {**shape, "samples": first}
+            asked = {"resolved": job, "shape": shape, "layers": layers, "sizes": more}
+            depends_on = [_effective(job), shape, layers, self._device, *([more] if more else [])]
+            found: list[dict[str, Any]] = self._answer(asked, depends_on)["steps"]
+            return found
+
         with ThreadPoolExecutor(self._limit) as pool:
-            return list(pool.map(lambda request: self.trace(*request), requests))
+            return list(pool.map(traced, requests))
 
     def trace(
         self,
@@ -105,9 +115,13 @@ class Tracer:
         layers: int | None = None,
         capacity: int | None = None,
     ) -> dict[str, Any]:
-        """One of :meth:`traces`.
+        """One trace; see :mod:`memlaunch.launcher.plan.trace.tracing`.
 
-        What the caching allocator does within ``capacity`` is worked out here, from the trace's events.
+        What the caching allocator does within ``capacity`` bytes is worked out here, from the trace's events.
+
+        Raises:
+            NotTraced: the job does not fit its model.
+            UserError: the trace failed for any other reason.
         """
         request = {"resolved": job, "shape": shape, "layers": layers}
         answer = self._answer(request, [_effective(job), shape, layers, self._device])

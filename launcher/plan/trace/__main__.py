@@ -1,7 +1,7 @@
 """Answers requests, one a line of JSON on stdin, each with one line of JSON on stdout.
 
 A request is ``{"id": <anything>, "resolved": <a resolved job>, "device": "cpu" or "cuda", "shape": <a Shape,
-as a dict>, "layers": <null, or a number>}``. It is answered by ``trace`` of
+as a dict>, "layers": <null, or a number>, "sizes": <numbers of samples>}``. It is answered by ``trace`` of
 :mod:`memlaunch.launcher.plan.trace.tracing`; without a shape, by the shape of the job's own data with the
 ``facts`` of its model; with ``"batches": true``, by the figures of :mod:`memlaunch.launcher.plan.batches`.
 Each is worked on in a fork of this process, which has loaded the libraries once, all at the same time; the
@@ -140,7 +140,8 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
         if request.get("shape") is None:
             shape = shape_of(resolved)
             return {**shape.to_dict(), **facts(resolved, shape)}
-        return trace(resolved, Shape.from_dict(request["shape"]), request["device"], request.get("layers"))
+        shape = Shape.from_dict(request["shape"])
+        return trace(resolved, shape, request["device"], request.get("layers"), request.get("sizes", ()))
     except (JobMismatch, NotApplicable) as error:
         return {"key": error.key, "message": str(error), "hint": error.hint}
     except BaseException:

@@ -222,12 +222,16 @@ class Peak:
     holders: dict[tuple[str, str], tuple[int, int]]
 
 
-def peak(recorder: Recorder, without: frozenset[int] = frozenset()) -> Peak:
-    """The first of the highest moments, not counting the storages ``without``, which live elsewhere."""
+def peak(recorder: Recorder, without: frozenset[int] = frozenset(), end: int | None = None) -> Peak:
+    """The first of the highest moments, not counting the storages ``without``, which live elsewhere.
+
+    Args:
+        end: so many events are looked at; None for all.
+    """
     live = highest = 0
     at = -1
     by_phase: dict[str, int] = {}
-    for index, (number, size) in enumerate(recorder.events):
+    for index, (number, size) in enumerate(recorder.events[:end]):
         if number in without:
             continue
         live += size

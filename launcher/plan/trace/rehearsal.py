@@ -4,8 +4,9 @@ The state of the optimizer comes with the first step, so memory is at its highes
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -86,10 +87,12 @@ def rehearse(
     world: World,
     witness: Witness,
     changes: Mapping[str, Any] | None = None,
+    sizes: Sequence[int] = (),
 ) -> None:
     """Run the job's own engine for two optimizer steps.
 
     Args:
+        sizes: samples of the micro-batches of further steps, one each.
         changes: as for :func:`memlaunch.launcher.training.model.build`.
 
     Raises:
@@ -98,8 +101,12 @@ def rehearse(
     job = resolved.job
     setup = resolved.setup(world.kind)
     witness.enter("build", -1)
-    subject = own.made(resolved, shape) if job.model.entry is not None else _made(job, shape, changes)
-    model, task, make = subject
+    if job.model.entry is not None:
+        assert not sizes, "its samples are drawn once"
+        model, task, again = own.made(resolved, shape)
+        make: Callable[[Shape], MicroBatch] = lambda each: again()  # noqa: E731
+    else:
+        model, task, make = _made(job, shape, changes)
     for technique in TECHNIQUES:
         technique.prepare_model(model, setup)
     witness.built(model)
@@ -116,17 +123,17 @@ def rehearse(
     model.train()
 
     def run() -> None:
-        batch = make()
+        batch = make(shape)
         with engine.micro_step(last=True):
             engine.backward(loop._loss(engine, task, batch))
 
     witness.enter("rest", 0)
     engine.rehearse(run)  # what an engine does in its first steps only is behind it in the last one
-    for step in range(STEPS):
+    # The first step is there for the state that it leaves; one micro-batch does that.
+    shapes = [replace(shape, micro_batches=1), shape, *(replace(shape, samples=size) for size in sizes)]
+    for step, each in enumerate(shapes):
         witness.enter("batch", step)
-        # The first step is there for the state that it leaves; one micro-batch does that.
-        micro_batches = shape.micro_batches if step == STEPS - 1 else 1
-        window = [make() for _ in range(micro_batches)]
+        window = [make(each) for _ in range(each.micro_batches)]
         witness.enter("rest", step)
         watched: Any = _Watched(engine, witness, step)
         loop._optimizer_step(watched, task, window, setup.learning_rate, world)
@@ -136,14 +143,14 @@ def rehearse(
 
 def _made(
     job: "Job", shape: Shape, changes: Mapping[str, Any] | None
-) -> tuple[nn.Module, Task, Callable[[], MicroBatch]]:
+) -> tuple[nn.Module, Task, Callable[[Shape], MicroBatch]]:
     """The model of transformers, its task, and what makes a micro-batch."""
     names = [str(index) for index in range(shape.classes)] if shape.classes is not None else None
     model = build(job.model, names, shape.pad_token, job.training.seed, changes)
     model.config.use_cache = False
     fields = [name for name in shape.fields if name in inspect.signature(model.forward).parameters]
     vocabulary = int(getattr(model.config, "vocab_size", 2))
-    return model, TASKS[job.model.task], lambda: _batch(job.model.task, shape, fields, vocabulary)
+    return model, TASKS[job.model.task], lambda each: _batch(job.model.task, each, fields, vocabulary)
 
 
 def _batch(task: str, shape: Shape, fields: list[str], vocabulary: int) -> MicroBatch:

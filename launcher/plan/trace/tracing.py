@@ -1,7 +1,7 @@
 """One job traced: its peak memory, where that comes from, and what a step costs."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -34,21 +34,24 @@ def trace(
     shape: Shape,
     device: "Device",
     layers: int | None = None,
+    sizes: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Two optimizer steps on fake tensors, as rank 0 of the job's world; changes this process for good.
 
     Args:
         device: where the job would run.
         layers: so many in the place of the model's own number.
+        sizes: samples of the micro-batches of further steps, from the shape's own upwards.
 
     The answer has ``peak_bytes``, ``states_bytes`` (what lives between steps), ``breakdown`` (category ->
     bytes at the peak), ``by_phase`` (phase -> its peak), ``layers`` (of the model; null where it does not
     say), ``moment`` (step, phase and operator of the peak), ``holders`` (the operators whose results hold
     most of it), ``offloaded_bytes`` (what offload keeps in host memory), ``parameters`` (all, trainable),
     ``costs`` (of ``inner`` micro-batches, of the ``last`` one of a step, and of the optimizer's ``step``,
-    each as in :class:`Costs`), ``seconds`` that the trace took; for ``cuda`` and the whole model also
-    ``allocator`` and ``expandable_allocator``, the usage of the caching allocator without and with expandable
-    segments, and the ``events`` that it comes from, packed.
+    each as in :class:`Costs`), ``steps`` (``by_phase``, ``offloaded_bytes`` and ``costs`` of the shape, then
+    those of each size as if it were the shape's), ``seconds`` that the trace took; for ``cuda`` and the whole
+    model without further sizes also ``allocator`` and ``expandable_allocator``, the usage of the caching
+    allocator without and with expandable segments, and the ``events`` that it comes from, packed.
 
     Raises:
         JobMismatch, NotApplicable: the job does not fit the model.
@@ -67,18 +70,26 @@ def trace(
     if device == "cuda":
         cuda.choose_as_cuda()
     world = fakes.join(resolved.world_size)
-    costs = {part: Costs() for part in ("inner", "last", "step")}
     stand_ins = fakes.stand_ins(mask_is_whole=not shape.padded)
     workspace = cuda.workspaces() if device == "cuda" else fakes.workspaces()
     recorder = Recorder(stand_ins, through, workspace)
-    witness = RecordingWitness(recorder, shape, costs, device)
+    witness = RecordingWitness(recorder, shape, device)
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(recorder)
         stack.enter_context(recorder.following_resizes())
-        rehearse(resolved, shape, world, witness, {} if layers is None else {"num_hidden_layers": layers})
+        changes = {} if layers is None else {"num_hidden_layers": layers}
+        rehearse(resolved, shape, world, witness, changes, sizes)
     hosted = frozenset(witness.built_on_host | witness.offloaded)
-    highest = peak(recorder, without=hosted)
+    steps = [
+        {
+            "by_phase": peak(recorder, hosted, end).by_phase,
+            "offloaded_bytes": _most(recorder, witness.offloaded, end),
+            "costs": {part: counted.to_dict() for part, counted in costs.items()},
+        }
+        for end, costs in zip(witness.ends, witness.costs, strict=True)
+    ]
+    highest = peak(recorder, hosted, witness.ends[0])
     made = recorder.allocations[recorder.events[highest.at][0]]
     answer: dict[str, Any] = {
         "peak_bytes": highest.bytes,
@@ -91,11 +102,12 @@ def trace(
             {"op": op, "category": category, "storages": storages, "bytes": size}
             for (op, category), (storages, size) in list(highest.holders.items())[:HOLDERS]
         ],
-        "offloaded_bytes": _most(recorder, witness.offloaded),
+        "offloaded_bytes": steps[0]["offloaded_bytes"],
         "parameters": witness.parameters,
-        "costs": {part: counted.to_dict() for part, counted in costs.items()},
+        "costs": steps[0]["costs"],
+        "steps": steps,
     }
-    if device == "cuda" and layers is None:
+    if device == "cuda" and layers is None and not sizes:
         events = [event for event in recorder.events if event[0] not in hosted]
         for key, expandable in (("allocator", False), ("expandable_allocator", True)):
             answer[key] = asdict(allocator.simulate(events, allocator.Settings(expandable)))
@@ -135,15 +147,19 @@ class RecordingWitness:
         layers: of the model.
         built_on_host: numbers of the storages that came and went in host memory before the engine was there.
         offloaded: of those that offload keeps in host memory.
+        costs: of each step but the first, by part.
+        ends: the number of events before the end of each of them.
     """
 
-    def __init__(self, recorder: Recorder, shape: Shape, costs: dict[str, Costs], device: "Device") -> None:
+    def __init__(self, recorder: Recorder, shape: Shape, device: "Device") -> None:
         self.states = 0
         self.parameters = (0, 0)
         self.layers: int | None = None
         self.built_on_host: set[int] = set()
         self.offloaded: set[int] = set()
-        self._recorder, self._shape, self._costs, self._device = recorder, shape, costs, device
+        self.costs: list[dict[str, Costs]] = []
+        self.ends: list[int] = []
+        self._recorder, self._shape, self._device = recorder, shape, device
         self._micro_batches = 0
         self._model: nn.Module | None = None
         self._engine: Engine | None = None
@@ -153,11 +169,14 @@ class RecordingWitness:
         if phase == "step" and self._model is not None:
             self._recorder.file((p.grad for p in self._model.parameters()), "gradients")
             self._note_offloaded()
-        if step == STEPS - 1:
+        if phase == "batch" and step >= STEPS - 1:
+            self.costs.append({part: Costs() for part in ("inner", "last", "step")})
+            self._micro_batches = 0
+        if step >= STEPS - 1:
             self._micro_batches += phase == "forward"
             part = "last" if self._micro_batches == self._shape.micro_batches else "inner"
             parts = {"forward": part, "backward": part, "step": "step"}
-            self._recorder.observer = self._costs.get(parts.get(phase, ""))
+            self._recorder.observer = self.costs[-1].get(parts.get(phase, ""))
 
     def built(self, model: nn.Module) -> None:
         self._model = model
@@ -187,6 +206,8 @@ class RecordingWitness:
         self._note_offloaded()
         if step == 0:
             self.states = self._recorder.live_without(self.offloaded)
+        else:
+            self.ends.append(len(self._recorder.events))
 
     def _note_offloaded(self) -> None:
         if self._device == "cuda" and self._engine is not None:
@@ -244,10 +265,10 @@ def _parameters(module: nn.Module) -> Iterator[Tensor]:
         yield from (shard for shard in [getattr(parameter, "ds_tensor", None)] if shard is not None)
 
 
-def _most(recorder: Recorder, hosted: set[int]) -> int:
-    """The highest total of some storages."""
+def _most(recorder: Recorder, hosted: set[int], end: int) -> int:
+    """The highest total of some storages in the first ``end`` events."""
     live = most = 0
-    for number, size in recorder.events:
+    for number, size in recorder.events[:end] if hosted else ():
         if number in hosted:
             live += size
             most = max(most, live)
