@@ -131,7 +131,7 @@ def memory_here() -> int:
 
 
 def slurm_bytes(mem: str, otherwise: int | None = None) -> int:
-    """Bytes of ``--mem`` of sbatch: megabytes, or with a unit; ``otherwise`` for 0, by default all there is."""
+    """Bytes of ``--mem`` of sbatch: megabytes, or with a unit; for 0 ``otherwise``, or all that there is."""
     found = re.match(r"(\d+)\s*([KMGT]?)", mem, re.IGNORECASE)
     assert found is not None, "the job file takes nothing else"
     return int(found[1]) * _UNITS[found[2].upper() or "M"] or (
