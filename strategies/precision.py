@@ -293,8 +293,8 @@ def _prepare_model(model: "torch.nn.Module", setup: Setup) -> None:
 
     @functools.wraps(forward)
     def forward_in_16_bit(*args: Any, **kwargs: Any) -> Any:
-        # Its cache would hold a 16-bit copy of every weight until the end of the forward pass, of checkpointed
-        # blocks too; autograd keeps those that the backward pass needs.
+        # Its cache would hold a 16-bit copy of every weight until the end of the forward pass, also of
+        # checkpointed blocks; autograd keeps those that the backward pass needs.
         with torch.autocast(device, dtype=dtype, cache_enabled=False):
             return forward(*args, **kwargs)
 
