@@ -1,6 +1,7 @@
 """The checks of a job that need more than one key, a file, or a feature that is not there yet."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -515,11 +516,14 @@ def check_patterns(job: Job, parameters: model_files.Parameters) -> Iterator[Con
         f"strategy.activation_checkpointing.blocks[{i}]": pattern
         for i, pattern in enumerate(job.strategy.activation_checkpointing.blocks or ())
     }
+    # A pattern that is written ten thousand times is looked up once.
+    covers = functools.cache(lambda text: patterns.select(text, parameters.names, parameters.prefixes))
+    told = functools.cache(lambda text: _no_match(text, parameters))
     frozen: set[str] = set()
     for key, pattern in (freeze | overrides | adapted | blocks).items():
-        covered = patterns.select(pattern, parameters.names, parameters.prefixes)
+        covered = covers(pattern)
         if not covered:
-            yield Conflict(key, *_no_match(pattern, parameters), ("model.path",))
+            yield Conflict(key, *told(pattern), ("model.path",))
         if key in freeze:
             frozen.update(covered)
     if frozen and frozen == set(parameters.names):
