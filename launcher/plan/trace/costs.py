@@ -3,10 +3,11 @@
 from collections import Counter
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+
+from memlaunch.launcher.plan.trace.recorder import on_meta
 
 #: c10d operators -> the collective, by which a communication model knows them.
 _COLLECTIVES = {
@@ -101,4 +102,4 @@ def _bytes(tree: Any) -> int:
 
 
 def _counts(leaf: Any) -> bool:
-    return isinstance(leaf, torch.Tensor) and leaf.device.type != "meta"
+    return isinstance(leaf, Tensor) and not on_meta(leaf)

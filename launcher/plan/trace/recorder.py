@@ -46,6 +46,8 @@ class Allocation:
     step: int
 
 
+_DEVICE = torch.ops.prim.device.default
+
 #: Stands in for an operator: (arguments, keyword arguments) -> its result.
 StandIn = Callable[..., Any]
 #: Is told of every operator: (operator, arguments, keyword arguments, result).
@@ -93,6 +95,8 @@ class Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is _DEVICE:  # asked for at every turn, and no work
+            return func(*args, **kwargs)
         kernel = self._through.get(func)
         if kernel is not None:
             with self:
@@ -115,7 +119,7 @@ class Recorder(TorchDispatchMode):
 
     def note(self, tensor: Tensor, op: str) -> None:
         """Count the storage of ``tensor``, if it is new and takes memory."""
-        if tensor.device.type == "meta":
+        if on_meta(tensor):
             return
         storage = _held(tensor).untyped_storage()
         key = storage._cdata
@@ -196,6 +200,12 @@ class Recorder(TorchDispatchMode):
     def _freed(self, key: int, reference: Any) -> None:
         number, _ = self._numbers.pop(key)
         self._change(number, 0)
+
+
+def on_meta(tensor: Tensor) -> bool:
+    """Whether a tensor takes no memory anywhere. A fake one says so without another operator."""
+    device: torch.device = getattr(tensor, "fake_device", None) or tensor.device
+    return device.type == "meta"
 
 
 def _held(tensor: Tensor) -> Tensor:
