@@ -163,6 +163,7 @@ def test_the_error_names_the_smallest_changes_that_would_fit() -> None:
         "gpu": "T4-16GB",
         "peak_reserved_bytes": 20 << 30,
         "usable_memory_bytes": 14 << 30,
+        "usable_host_memory_bytes": None,
         "breakdown": {"CUDA context": 1 << 30, "activations": 19 << 30},
         "changes_that_fit": ways,
     }

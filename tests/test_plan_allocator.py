@@ -4,7 +4,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from memlaunch.launcher.plan.allocator import (
@@ -149,6 +149,7 @@ def test_without_frees_expandable_segments_waste_less_than_a_page_of_each_pool(s
     assert usage.fragmentation < SMALL_SEGMENT + LARGE_SEGMENT
 
 
+@example([(0, MIB + 1, 0), (0, -1, 0), (1, 20 * MIB + 1, 0)], 20, True)
 @given(histories(), st.integers(1, 400), st.booleans())
 def test_capacity_holds(events: Any, capacity: int, expandable: bool) -> None:
     settings = Settings(expandable, capacity * MIB)

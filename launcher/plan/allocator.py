@@ -209,12 +209,13 @@ class CachingAllocator:
 
     def _expand(self, pool: _Pool, size: int) -> _Block | None:
         """The same by more pages behind the last block of the pool, which they join where it is free."""
-        page = SMALL_SEGMENT if pool[0] else LARGE_SEGMENT
-        last = self._last.get(pool)
-        tail = last if last is not None and last.free else None
-        more = -(-(size - (tail.size if tail else 0)) // page) * page
-        if not self._reserve(more):
-            return None
+        last, tail, more = self._missing(pool, size)
+        if not self._has_room(more):
+            self._give_back()
+            last, tail, more = self._missing(pool, size)  # of the last block, pages may have gone
+            if not self._has_room(more):
+                return None
+        self._count(0, 0, more)
         if tail is not None:
             self._pools[pool].remove(tail)
             tail.size += more
@@ -229,6 +230,13 @@ class CachingAllocator:
             last.after = block
         self._last[pool] = block
         return block
+
+    def _missing(self, pool: _Pool, size: int) -> tuple[_Block | None, _Block | None, int]:
+        """The last block of an expandable segment, the same where it is free, and bytes of pages to add."""
+        page = SMALL_SEGMENT if pool[0] else LARGE_SEGMENT
+        last = self._last.get(pool)
+        tail = last if last is not None and last.free else None
+        return last, tail, -(-(size - (tail.size if tail else 0)) // page) * page
 
     def _split(self, block: _Block, size: int) -> None:
         """Cut what a request of ``size`` leaves of a free block off it, where that is worth it."""
@@ -255,13 +263,16 @@ class CachingAllocator:
         return first
 
     def _reserve(self, size: int) -> bool:
-        capacity = self._settings.capacity
-        if capacity is not None and self.reserved + size > capacity:
+        if not self._has_room(size):
             self._give_back()
-            if self.reserved + size > capacity:
+            if not self._has_room(size):
                 return False
         self._count(0, 0, size)
         return True
+
+    def _has_room(self, size: int) -> bool:
+        capacity = self._settings.capacity
+        return capacity is None or self.reserved + size <= capacity
 
     def _give_back(self) -> None:
         """Give whole unused segments back to the driver; of expandable ones, unused pages at the end."""
